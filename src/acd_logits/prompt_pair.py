@@ -1,0 +1,357 @@
+"""The prompt pair: the two soft prompts of ACD, in memory, on disk and on the Hub.
+
+A saved pair is a folder (or a Hub repository):
+
+    acd_config.json                                          `PairConfig` below
+    safeguarding/adapter_config.json, adapter_model.safetensors   SP, a stock peft prompt-tuning adapter
+    adversarial/adapter_config.json, adapter_model.safetensors    AP, likewise
+
+Weights are read from safetensors only, since loading a pickle runs the code in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import PeftModel, PromptTuningConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from . import __version__
+from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "acd_config.json"
+STREAMS = ("safeguarding", "adversarial")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_WEIGHT = "prompt_embeddings"  # peft's name for the tensor of a prompt-tuning adapter
+
+
+@dataclasses.dataclass(kw_only=True)
+class PairConfig:
+    """What `acd_config.json` says about a pair.
+
+    Args:
+        format_version: version of this layout.
+        acd_logits_version: version of this package that wrote the pair.
+        base_model_name_or_path: the model the pair belongs to.
+        base_model_revision: its revision, if one was pinned.
+        hidden_size: width of the model's embeddings.
+        vocab_size: size of the model's vocabulary.
+        alpha: strength of the contrast (eq. 5) chosen by measurement.
+        beta: plausibility threshold chosen by measurement.
+        chat_template_sha256: hash of the chat template seen in training.
+        training: settings the pair was trained with.
+        results: measured results, with sample sizes.
+    """
+
+    format_version: int = FORMAT_VERSION
+    acd_logits_version: str = __version__
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+    alpha: float = 0.5
+    beta: float = 0.1
+    chat_template_sha256: str | None = None
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json_file(cls, path: Path) -> PairConfig:
+        """Read `acd_config.json`; raise ValueError for what this version cannot read."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): download or save the pair again.") from None
+        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+            version = values.get("format_version") if isinstance(values, dict) else None
+            raise ValueError(
+                f"{path} has format_version {version!r}, this acd-logits ({__version__}) reads {FORMAT_VERSION}: "
+                "install the version that wrote it."
+            )
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{path} has an unknown key {unknown[0]!r}: correct it or upgrade acd-logits.")
+        return cls(**values)
+
+
+class PromptPair:
+    """The Safeguarding Prompt (SP) and the Adversarial Prompt (AP) of one model.
+
+    Args:
+        safeguarding: SP, `[n_s, hidden_size]`, in the space of the embedding layer's output (eq. 2). An empty one
+            (n_s = 0) is the null prompt.
+        adversarial: AP, `[n_a, hidden_size]`, likewise; n_a may differ from n_s.
+        config: what is known about the pair; `hidden_size` is filled in.
+
+    Raises:
+        ValueError: if a prompt is not a finite `[n, hidden_size]` tensor, or the two differ in hidden size.
+    """
+
+    def __init__(
+        self, safeguarding: torch.Tensor, adversarial: torch.Tensor, config: PairConfig | None = None
+    ) -> None:
+        self.safeguarding = _checked("safeguarding", safeguarding)
+        self.adversarial = _checked("adversarial", adversarial)
+        hidden_size = self.safeguarding.shape[1]
+        if self.adversarial.shape[1] != hidden_size:
+            raise ValueError(
+                f"the safeguarding prompt has hidden size {hidden_size}, the adversarial one "
+                f"{self.adversarial.shape[1]}: both must come from the same model."
+            )
+        config = config or PairConfig()
+        if config.hidden_size not in (None, hidden_size):
+            raise ValueError(f"{CONFIG_NAME} says hidden_size {config.hidden_size}, the prompts have {hidden_size}.")
+        self.config = dataclasses.replace(config, hidden_size=hidden_size)
+
+    def __repr__(self) -> str:
+        return (
+            f"PromptPair(safeguarding={list(self.safeguarding.shape)}, adversarial={list(self.adversarial.shape)}, "
+            f"alpha={self.alpha}, beta={self.beta}, base_model={self.config.base_model_name_or_path!r})"
+        )
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the contrast chosen for this pair."""
+        return self.config.alpha
+
+    @property
+    def beta(self) -> float:
+        """Plausibility threshold chosen for this pair."""
+        return self.config.beta
+
+    @classmethod
+    def from_text(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        safe: str = SAFE_PROMPT,
+        adversarial: str = OPPOSITE_PROMPT,
+    ) -> PromptPair:
+        """A pair that needs no training: the embeddings of two system prompts (eq. 1).
+
+        With the defaults this is the paper's oID baseline; with `adversarial=""` (the null prompt) its nID.
+
+        Args:
+            model: the model whose embeddings to take.
+            tokenizer: its tokenizer.
+            safe: text of the safeguarding prompt.
+            adversarial: text of the adversarial prompt.
+        """
+        model = base_model(model)
+        embedding = model.get_input_embeddings()
+
+        @torch.no_grad()
+        def embed(text: str) -> torch.Tensor:
+            ids = torch.tensor(system_prompt_ids(tokenizer, text), dtype=torch.long, device=model.device)
+            return embedding(ids[None])[0]
+
+        return cls(embed(safe), embed(adversarial), PairConfig(**_model_facts(model)))
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the pair fits a model.
+
+        Raises:
+            ValueError: if hidden size or vocabulary differ. A differing base model name only warns.
+        """
+        facts = _model_facts(base_model(model))
+        for key, what in (("hidden_size", "hidden size"), ("vocab_size", "a vocabulary of")):
+            ours, theirs = getattr(self.config, key), facts[key]
+            if ours is not None and ours != theirs:
+                raise ValueError(
+                    f"this prompt pair was made for {what} {ours}, the model has {theirs}: use a pair made for "
+                    f"{facts['base_model_name_or_path'] or 'this model'}."
+                )
+        ours, theirs = self.config.base_model_name_or_path, facts["base_model_name_or_path"]
+        # A folder and a Hub id of the same model share the last part of their names
+        if ours and theirs and Path(ours).name.lower() != Path(theirs).name.lower():
+            logger.warning(f"This prompt pair was made for {ours}, the model is {theirs}: it may protect less.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> PromptPair:
+        """Load a pair from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            revision: branch, tag or commit on the Hub.
+            subfolder: where in the folder or repository the pair lies.
+            token: Hub token; `None` takes the one stored by `hf auth login`.
+            cache_dir: where downloads are kept.
+            local_files_only: use what is in the cache, ask nobody.
+
+        Raises:
+            OSError: if the pair, or a file of it, is missing or unreadable.
+            ValueError: if a file holds what this version cannot use.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            prefix = f"{subfolder}/" if subfolder else ""
+            folder = _download(
+                str(pretrained_model_name_or_path),
+                allow_patterns=[prefix + CONFIG_NAME, *(f"{prefix}{s}/{f}" for s in STREAMS for f in ADAPTER_FILES)],
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        folder = folder / subfolder if subfolder else folder
+        if not (folder / CONFIG_NAME).is_file():
+            raise OSError(f"{pretrained_model_name_or_path} holds no prompt pair: {CONFIG_NAME} is missing.")
+        config = PairConfig.from_json_file(folder / CONFIG_NAME)
+        safeguarding, adversarial = (_load_adapter(folder / stream) for stream in STREAMS)
+        return cls(safeguarding, adversarial, config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the pair to a folder: `acd_config.json` and two stock peft adapters.
+
+        A reader finds the whole pair or none: `acd_config.json`, without which nothing loads, comes last.
+
+        Args:
+            save_directory: the folder; made if missing, other files in it stay.
+
+        Raises:
+            ValueError: for a null prompt, which peft has no adapter for.
+        """
+        target = Path(save_directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        try:
+            for stream in STREAMS:
+                _save_adapter(temporary / stream, getattr(self, stream), self.config.base_model_name_or_path)
+            text = json.dumps(dataclasses.asdict(self.config), indent=2, ensure_ascii=False) + "\n"
+            (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
+            (target / CONFIG_NAME).unlink(missing_ok=True)
+            for stream in STREAMS:
+                (target / stream).mkdir(parents=True, exist_ok=True)
+                for name in ADAPTER_FILES:
+                    (temporary / stream / name).replace(target / stream / name)
+            (temporary / CONFIG_NAME).replace(target / CONFIG_NAME)
+        finally:
+            shutil.rmtree(temporary)
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PeftModel or a `torch.compile(model)`.
+
+    Raises:
+        ValueError: for a PeftModel with a learned prompt or prefix, which would stand between ACD's and the input.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            kind = model.active_peft_config.peft_type.value
+            raise ValueError(f"this PeftModel brings a {kind} prompt of its own: pass its get_base_model() instead.")
+        return model.get_base_model()
+    return model
+
+
+def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "base_model_name_or_path": model.name_or_path or None,
+        "hidden_size": model.get_input_embeddings().embedding_dim,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _checked(name: str, prompt: torch.Tensor) -> torch.Tensor:
+    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2 or not prompt.is_floating_point():
+        shape = list(prompt.shape) if isinstance(prompt, torch.Tensor) else type(prompt).__name__
+        raise ValueError(f"the {name} prompt must be a float tensor [num_virtual_tokens, hidden_size], got {shape}.")
+    if not prompt.isfinite().all():
+        raise ValueError(f"the {name} prompt holds NaN or infinite values: its training diverged, train it again.")
+    return prompt.detach()
+
+
+def _download(repo_id: str, **kwargs: Any) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, **kwargs))
+    except RevisionNotFoundError:
+        raise OSError(f"{repo_id} has no revision {kwargs['revision']!r} on the Hub.") from None
+    except RepositoryNotFoundError:
+        raise OSError(
+            f"{repo_id} is neither a folder nor a repository on the Hub that you can read: check the name, or pass a "
+            "token for a private one."
+        ) from None
+    except HFValidationError:
+        raise OSError(f"{repo_id} is neither a folder nor a valid Hub id: check the path.") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError):
+            raise
+        raise OSError(
+            f"{repo_id} is not a folder, not in the local cache, and the Hub was not asked or could not be reached: "
+            "check the name and the connection (HF_HUB_OFFLINE and local_files_only keep it offline)."
+        ) from None
+
+
+def _load_adapter(folder: Path) -> torch.Tensor:
+    config_file, weights = (folder / name for name in ADAPTER_FILES)
+    if not weights.is_file():
+        pickled = folder / "adapter_model.bin"
+        if pickled.is_file():
+            raise OSError(f"{pickled} is pickled, which can run code when loaded: save the adapter as safetensors.")
+        raise OSError(f"the pair has no {folder.name}/{weights.name} (weights are read from safetensors only).")
+    if not config_file.is_file():
+        raise OSError(f"the pair has no {folder.name}/{config_file.name}.")
+    config = PromptTuningConfig.from_pretrained(str(folder))
+    if config.peft_type != "PROMPT_TUNING":
+        raise ValueError(f"{config_file} is a {config.peft_type.value} adapter, not a prompt-tuning one.")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError) as error:
+        raise OSError(f"{weights} is damaged ({error}): download or save the pair again.") from None
+    if set(tensors) != {_WEIGHT}:
+        raise ValueError(f"{weights} holds {sorted(tensors)}, expected one tensor {_WEIGHT!r}.")
+    prompt = tensors[_WEIGHT]
+    if len(prompt) != config.num_virtual_tokens:
+        raise ValueError(
+            f"{weights} holds {len(prompt)} virtual tokens, its adapter_config.json says {config.num_virtual_tokens}."
+        )
+    return prompt
+
+
+def _save_adapter(folder: Path, prompt: torch.Tensor, base_model_name: str | None) -> None:
+    if not len(prompt):
+        raise ValueError(f"the {folder.name} prompt is the null prompt, which peft has no adapter for.")
+    # The model's shape is left open, as in a config before get_peft_model: peft fills it from the base model
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=len(prompt),
+        token_dim=prompt.shape[1],
+        num_transformer_submodules=1,
+        base_model_name_or_path=base_model_name,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    save_file({_WEIGHT: prompt.contiguous().cpu()}, folder / ADAPTER_FILES[1], metadata={"format": "pt"})

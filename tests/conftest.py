@@ -1,0 +1,149 @@
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask the Hub
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    Lfm2Config,
+    LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
+
+from acd_logits import PromptPair
+from acd_logits.prompt_pair import PairConfig
+
+torch.set_num_threads(1)
+
+VOCAB, HIDDEN = 97, 32
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,  # a tied random model echoes its last token
+}
+_DECODER = _COMMON | {
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+
+ARCHITECTURES = {
+    "llama": LlamaConfig(**_DECODER),
+    "qwen3": Qwen3Config(**_DECODER, head_dim=8),
+    "gemma3": Gemma3TextConfig(
+        **_DECODER,
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mistral_sliding": MistralConfig(**_DECODER, sliding_window=6),
+    "gpt2": GPT2Config(**_COMMON, n_embd=HIDDEN, n_layer=3, n_head=4, n_positions=256, initializer_range=0.3),
+    "bloom": BloomConfig(**_COMMON, n_layer=3, n_head=4, initializer_range=0.3),
+    "mixtral": MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2),
+    "phi3": Phi3Config(**_DECODER),
+    "mamba2": Mamba2Config(
+        **_COMMON,
+        num_hidden_layers=3,
+        num_heads=8,
+        head_dim=8,
+        state_size=16,
+        n_groups=2,
+        chunk_size=8,
+        initializer_range=0.4,
+    ),
+    "bamba": BambaConfig(
+        **_DECODER,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_chunk_size=8,
+    ),
+    "lfm2": Lfm2Config(**_DECODER, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3),
+    "gpt_neo": GPTNeoConfig(
+        **_COMMON,
+        num_layers=2,
+        num_heads=4,
+        window_size=5,
+        max_position_embeddings=256,
+        attention_types=[[["global", "local"], 1]],
+        initializer_range=0.3,
+    ),
+    "falcon_alibi": FalconConfig(
+        **_COMMON, num_hidden_layers=3, num_attention_heads=4, alibi=True, initializer_range=0.3
+    ),
+}
+
+
+def build_model(name="llama", seed=0):
+    """A tiny random model whose tokens are far enough apart for float noise not to matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name])).eval()
+    model.generation_config.eos_token_id = None  # random models stop at random
+    return model
+
+
+def build_pair(n_s=7, n_a=4, seed=1, scale=2.0, hidden=HIDDEN, **config):
+    """Random soft prompts, loud enough to change what a tiny model says."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randn(n, hidden, generator=generator) * scale for n in (n_s, n_a)]
+    return PromptPair(*prompts, PairConfig(**config))
+
+
+def build_batch(lengths=(11, 7, 10), seed=3):
+    """Left-padded random prompts: `input_ids` and `attention_mask`, `[len(lengths), max(lengths)]`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def assert_same(got, expected):
+    """The same tokens, and scores within 1e-4 (`-inf` in the same places)."""
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    assert len(got.scores) == len(expected.scores)
+    for ours, theirs in zip(got.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def model():
+    return build_model()
+
+
+@pytest.fixture
+def pair():
+    return build_pair()
+
+
+@pytest.fixture
+def tokenizer():
+    """Words w3 to w96 are the tokens 3 to 96."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    words_only = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words_only, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )

@@ -1,0 +1,51 @@
+"""The slow reference: ACD by two full forwards on embeddings at every step, without cache, padding or pairing.
+
+Everything fast in this project is tested against these few lines. They run inside an untouched model's own
+`generate()` as a plain logits processor, so that every decoding mode has a reference.
+"""
+
+import math
+
+import torch
+from transformers import LogitsProcessor
+
+
+class ReferenceProcessor(LogitsProcessor):
+    """Replaces generate's scores by eq. 5, row by row.
+
+    `first` are processors to run on the safeguarding stream before the contrast. `mask` is the prompts' attention
+    mask, one row per row of the decoding loop. `prompt` are embeddings `[rows, n, hidden]` that stand in front of
+    `input_ids` (generate's `inputs_embeds`).
+    """
+
+    def __init__(self, model, pair, alpha, beta=0.0, horizon=None, beams=False, first=(), mask=None, prompt=None):
+        self.model, self.pair, self.alpha, self.beta, self.horizon = model, pair, alpha, beta, horizon
+        self.beams, self.first, self.mask, self.prompt = beams, first, mask, prompt
+        self.start = None
+
+    def stream(self, soft, row, ids):
+        """Logits of the token after [soft; ids], as eq. 2 writes it."""
+        if self.mask is not None:
+            ids = ids[(torch.nn.functional.pad(self.mask[row], (0, len(ids) - self.mask.shape[1]), value=1)) == 1]
+        x = self.model.get_input_embeddings()(ids)
+        if self.prompt is not None:
+            x = torch.cat([self.prompt[row], x])
+        with torch.no_grad():
+            return self.model(inputs_embeds=torch.cat([soft, x])[None], use_cache=False).logits[:, -1].float()
+
+    def __call__(self, input_ids, scores):
+        self.start = input_ids.shape[1] if self.start is None else self.start
+        rows = []
+        for row, ids in enumerate(input_ids):
+            safe = self.stream(self.pair.safeguarding, row, ids)
+            for processor in self.first:
+                safe = processor(ids[None], safe)
+            safe = safe.log_softmax(-1) if self.beams else safe
+            if self.horizon is None or input_ids.shape[1] - self.start < self.horizon:
+                alpha = float(self.alpha[row] if isinstance(self.alpha, torch.Tensor) else self.alpha)
+                plausible = safe >= safe.max() + math.log(self.beta) if self.beta and alpha else safe > -math.inf
+                safe = safe - alpha * self.stream(self.pair.adversarial, row, ids)
+                safe = safe.masked_fill(~plausible, -math.inf)
+                safe = safe.log_softmax(-1) if self.beams else safe
+            rows.append(safe)
+        return torch.cat(rows)
