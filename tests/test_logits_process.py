@@ -1,0 +1,255 @@
+"""Eq. 5, its options, and what attaching a processor does to a model."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, T5Config, T5ForConditionalGeneration
+
+from acd_logits import ACDLogitsProcessor, PromptPair
+from acd_logits.logits_process import contrast
+from conftest import HIDDEN, VOCAB, assert_same, build_batch, build_model, build_pair
+from reference import ReferenceProcessor
+
+SCORES = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False, "max_new_tokens": 10}
+
+
+class TestContrast:
+    def test_eq_5(self):
+        safe, adversarial = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[4.0, -2.0, 0.0]])
+        assert contrast(safe, adversarial, 0.5).tolist() == [[0.0, 2.0, 0.0]]
+
+    def test_beta_keeps_plausible_tokens_only(self):
+        probabilities = torch.tensor([[0.6, 0.3, 0.06, 0.04]])
+        kept = contrast(probabilities.log(), torch.zeros(1, 4), 1.0, beta=0.1).isfinite()
+        assert kept.tolist() == [[True, True, True, False]]
+
+    def test_beta_leaves_rows_without_contrast_alone(self):
+        safe = torch.tensor([[0.0, -9.0], [0.0, -9.0]])
+        scores = contrast(safe, torch.ones(2, 2), torch.tensor([[0.0], [0.5]]), beta=0.5)
+        assert scores.tolist() == [[0.0, -9.0], [-0.5, -math.inf]]
+
+    def test_banned_tokens_stay_banned(self):
+        safe = torch.tensor([[-math.inf, -math.inf, 0.0]])
+        adversarial = torch.tensor([[-math.inf, -1e4, 1.0]])
+        assert contrast(safe, adversarial, 0.5).tolist() == [[-math.inf, -math.inf, -0.5]]
+
+
+def generate(model, pair, batch, **options):
+    acd = ACDLogitsProcessor(model, pair, **options)
+    return model.generate(**batch, logits_processor=[acd], **SCORES)
+
+
+def test_alpha_0_is_the_safeguarding_prompt_alone(model, pair):
+    batch = build_batch((9,))
+    embeds = torch.cat([pair.safeguarding[None], model.get_input_embeddings()(batch["input_ids"])], dim=1)
+    expected = copy.deepcopy(model).generate(inputs_embeds=embeds.detach(), **SCORES)
+    got = generate(model, pair, batch, alpha=0.0, beta=0.9)
+    assert got.sequences[:, 9:].tolist() == expected.sequences.tolist()
+    torch.testing.assert_close(got.scores, expected.scores, atol=1e-4, rtol=0)
+
+
+def test_equal_prompts_scale_the_logits(model):
+    prompt = torch.randn(5, HIDDEN)
+    batch = build_batch()
+    alone = generate(model, PromptPair(prompt, prompt), batch, alpha=0.0, beta=0.0)
+    both = generate(model, PromptPair(prompt, prompt), batch, alpha=0.3, beta=0.0)
+    assert both.sequences.tolist() == alone.sequences.tolist()
+    expected = tuple(0.7 * scores for scores in alone.scores)
+    torch.testing.assert_close(both.scores, expected, atol=1e-4, rtol=0)
+
+
+def test_alpha_per_row(model, pair):
+    batch = build_batch()
+    alpha = torch.tensor([0.0, 0.4, 1.1])
+    plain = copy.deepcopy(model)
+    reference = ReferenceProcessor(plain, pair, alpha, 0.05, mask=batch["attention_mask"])
+    expected = plain.generate(**batch, logits_processor=[reference], **SCORES)
+    assert_same(generate(model, pair, batch, alpha=alpha, beta=0.05), expected)
+
+
+def test_alpha_per_row_under_beams(model, pair):
+    batch = build_batch()
+    alpha = torch.tensor([0.0, 0.4, 1.1])
+    acd = ACDLogitsProcessor(model, pair, alpha)
+    together = model.generate(**batch, logits_processor=[acd], num_beams=2, **SCORES)
+    for row in range(3):
+        acd = ACDLogitsProcessor(model, pair, float(alpha[row]))
+        one = {key: value[row : row + 1] for key, value in batch.items()}
+        alone = model.generate(**one, logits_processor=[acd], num_beams=2, **SCORES)
+        assert together.sequences[row].tolist() == alone.sequences[0].tolist()
+
+
+def test_defaults_come_from_the_pair(model):
+    acd = ACDLogitsProcessor(model, build_pair(alpha=0.37, beta=0.02))
+    assert (acd.alpha, acd.beta) == (0.37, 0.02)
+
+
+def test_from_pretrained(model, tmp_path):
+    pair = build_pair(alpha=0.37)
+    pair.save_pretrained(tmp_path / "pair")
+    acd = ACDLogitsProcessor.from_pretrained(tmp_path / "pair", model, beta=0.5)
+    assert (acd.alpha, acd.beta) == (0.37, 0.5)
+    assert torch.equal(acd.pair.adversarial, pair.adversarial)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": math.nan}, "alpha must be finite and at least 0"),
+        ({"alpha": math.inf}, "alpha must be finite and at least 0"),
+        ({"alpha": -0.1}, "alpha must be finite and at least 0"),
+        ({"alpha": torch.tensor([0.5, math.nan])}, "alpha must be finite and at least 0"),
+        ({"alpha": torch.zeros(2, 2)}, r"alpha must be a number or a \[batch\] tensor"),
+        ({"beta": -0.1}, "beta must lie between 0 and 1"),
+        ({"beta": 1.1}, "beta must lie between 0 and 1"),
+        ({"beta": math.nan}, "beta must lie between 0 and 1"),
+        ({"horizon": 0}, "horizon must be a number of tokens"),
+        ({"horizon": 2.5}, "horizon must be a number of tokens"),
+    ],
+)
+def test_options_out_of_range(model, pair, options, message):
+    before = set(model.__dict__)
+    with pytest.raises(ValueError, match=message) as error:
+        ACDLogitsProcessor(model, pair, **options)
+    assert "\n" not in str(error.value)
+    assert set(model.__dict__) == before
+
+
+def test_alpha_of_the_wrong_length(model, pair):
+    with pytest.raises(ValueError, match="alpha has 2 entries for a batch of 3 prompts"):
+        generate(model, pair, build_batch(), alpha=torch.tensor([0.1, 0.2]))
+
+
+def test_encoder_decoder_is_refused(pair):
+    config = T5Config(vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        ACDLogitsProcessor(T5ForConditionalGeneration(config), pair)
+
+
+def test_a_model_without_generate_is_refused(model, pair):
+    with pytest.raises(ValueError, match="needs a transformers model with generate"):
+        ACDLogitsProcessor(model.model, pair)
+
+
+def test_a_model_without_a_transformers_cache_is_refused(pair):
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="RwkvForCausalLM does not keep its state in a transformers Cache"):
+        ACDLogitsProcessor(model, pair)
+
+
+class TestFailsClosed:
+    """Where the contrast cannot be applied, generation raises rather than going on plain."""
+
+    @pytest.fixture
+    def acd(self, model, pair):
+        return ACDLogitsProcessor(model, pair)
+
+    def test_another_model(self, acd, pair):
+        other = build_model(seed=4)
+        with pytest.raises(RuntimeError, match="outside generate"):
+            other.generate(**build_batch(), logits_processor=[acd])
+        ACDLogitsProcessor(other, pair)
+        with pytest.raises(ValueError, match="built for another model"):
+            other.generate(**build_batch(), logits_processor=[acd])
+
+    def test_called_by_hand(self, acd):
+        with pytest.raises(RuntimeError, match="outside generate"):
+            acd(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, VOCAB))
+
+    def test_two_processors(self, model, acd, pair):
+        with pytest.raises(ValueError, match="one ACDLogitsProcessor at a time"):
+            model.generate(**build_batch(), logits_processor=[acd, ACDLogitsProcessor(model, pair)])
+
+    def test_paged_cache(self, model, acd):
+        with pytest.raises(ValueError, match="continuous batching"):
+            model.generate(**build_batch(), logits_processor=[acd], cache_implementation="paged")
+
+    def test_generate_batch(self, model, acd):
+        with pytest.raises(ValueError, match="continuous batching"):
+            model.generate_batch([[3, 4, 5]], logits_processor=LogitsProcessorList([acd]))
+
+    def test_token_healing(self, model, acd, tokenizer):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        with pytest.raises(ValueError, match="token_healing"):
+            model.generate(
+                **build_batch((9,)), logits_processor=[acd], token_healing=True, tokenizer=tokenizer, max_new_tokens=2
+            )
+
+    def test_detached(self, model, acd, pair):
+        keep = ACDLogitsProcessor(model, pair)
+        acd.detach()
+        with pytest.raises(ValueError, match="was detached"):
+            model.generate(**build_batch(), logits_processor=[acd])
+        keep.detach()
+        with pytest.raises(RuntimeError, match="outside generate"):
+            model.generate(**build_batch(), logits_processor=[keep])
+
+    def test_a_model_with_a_generate_of_its_own(self, model, pair):
+        model.generate = lambda *args, **kwargs: None
+        with pytest.raises(ValueError, match="carries a generate of its own"):
+            ACDLogitsProcessor(model, pair)
+
+
+class TestAttachment:
+    def test_detach_restores_the_model(self, model, pair):
+        hooks = (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_pre_hooks_with_kwargs",
+        )
+        before = {key: copy.copy(value) if key in hooks else value for key, value in model.__dict__.items()}
+        first, second = ACDLogitsProcessor(model, pair), ACDLogitsProcessor(model, pair, alpha=1.0)
+        model.generate(**build_batch(), logits_processor=[first], max_new_tokens=3)
+        first.detach()
+        first.detach()  # a second time is harmless
+        model.generate(**build_batch(), logits_processor=[second], max_new_tokens=3)
+        second.detach()
+        assert model.__dict__.keys() == before.keys()
+        assert all(model.__dict__[key] == before[key] for key in hooks)
+        assert model.generate.__func__ is type(model).generate
+
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+    def test_a_copy_works_plain_and_with_a_processor_of_its_own(self, model, pair, how):
+        batch = build_batch()
+        plain = model.generate(**batch, **SCORES)
+        acd = ACDLogitsProcessor(model, pair, beta=0.0)
+        expected = model.generate(**batch, logits_processor=[acd], **SCORES)
+        if how == "deepcopy":
+            twin = copy.deepcopy(model)
+        elif how == "pickle":
+            twin = pickle.loads(pickle.dumps(model))
+        else:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
+        assert_same(twin.generate(**batch, **SCORES), plain)
+        with pytest.raises((ValueError, RuntimeError), match=r"another model|outside generate"):
+            twin.generate(**batch, logits_processor=[acd], **SCORES)
+        own = ACDLogitsProcessor(twin, pair, beta=0.0)
+        assert_same(twin.generate(**batch, logits_processor=[own], **SCORES), expected)
+        with torch.no_grad():  # the copy is independent of the original
+            twin.lm_head.weight.mul_(-1)
+        assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
+
+    def test_save_pretrained_of_an_attached_model(self, model, pair, tmp_path):
+        ACDLogitsProcessor(model, pair)
+        model.save_pretrained(tmp_path)
+        twin = type(model).from_pretrained(tmp_path)
+        assert "generate" not in twin.__dict__
+        twin.generation_config.eos_token_id = None
+        assert_same(twin.generate(**build_batch(), **SCORES), model.generate(**build_batch(), **SCORES))
+
+    def test_signature_of_generate_is_kept(self, model, pair):
+        import inspect
+
+        before = inspect.signature(model.generate)
+        ACDLogitsProcessor(model, pair)
+        assert inspect.signature(model.generate) == before

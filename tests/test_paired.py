@@ -1,0 +1,171 @@
+"""The paired forward against the slow reference, architecture by architecture and layout by layout."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from acd_logits import ACDLogitsProcessor
+from conftest import ARCHITECTURES, assert_same, build_batch, build_model, build_pair
+from reference import ReferenceProcessor
+
+SCORES = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False, "max_new_tokens": 12}
+
+
+@pytest.mark.parametrize("lengths", [(11,), (11, 7, 10)], ids=["one", "padded"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_equals_the_reference(name, lengths):
+    model, pair, batch = build_model(name), build_pair(), build_batch(lengths)
+    plain = copy.deepcopy(model)
+    reference = ReferenceProcessor(plain, pair, 0.5, mask=batch["attention_mask"])
+    expected = plain.generate(**batch, logits_processor=[reference], **SCORES)
+    acd = ACDLogitsProcessor(model, pair, alpha=0.5, beta=0.0)
+    assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
+    # Without soft prompts, eq. 5 would be the plain logits times 1 - alpha
+    unprompted = 0.5 * plain.generate(**batch, **SCORES).scores[0]
+    assert (expected.scores[0] - unprompted).abs().max() > 0.01, "the soft prompts do nothing here"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_both_layouts_agree(name):
+    model, pair, batch = build_model(name), build_pair(4, 9), build_batch()
+    acd = ACDLogitsProcessor(model, pair, beta=0.0)
+    assert acd.streams.reusable
+    reused = model.generate(**batch, logits_processor=[acd], **SCORES)
+    acd.streams.reusable = False
+    assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), reused)
+
+
+@pytest.mark.parametrize("name", ["mistral_sliding", "gemma3", "bloom", "mamba2", "bamba", "gpt_neo", "falcon_alibi"])
+def test_reuse_is_kept_to_plain_attention(name):
+    assert not ACDLogitsProcessor(build_model(name), build_pair()).streams.reusable
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5])
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "bloom"])
+def test_prefill_in_chunks_shorter_than_the_padding(name, chunk):
+    model, pair, batch = build_model(name), build_pair(), build_batch((11, 2, 5))
+    acd = ACDLogitsProcessor(model, pair, beta=0.0)
+    expected = model.generate(**batch, logits_processor=[acd], **SCORES)
+    got = model.generate(**batch, logits_processor=[acd], prefill_chunk_size=chunk, **SCORES)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize(("n_s", "n_a"), [(0, 5), (5, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
+def test_null_prompts(name, n_s, n_a):
+    model, pair, batch = build_model(name), build_pair(n_s, n_a), build_batch()
+    plain = copy.deepcopy(model)
+    reference = ReferenceProcessor(plain, pair, 0.5, mask=batch["attention_mask"])
+    expected = plain.generate(**batch, logits_processor=[reference], **SCORES)
+    acd = ACDLogitsProcessor(model, pair, beta=0.0)
+    assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
+
+
+def test_soft_prompt_kv_is_computed_once(model, pair):
+    acd = ACDLogitsProcessor(model, pair)
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=2, do_sample=False)
+    assert len(calls) == 2 + 3 * 2  # SP and AP once, then prefill and one step per call
+
+
+def test_changed_weights_drop_the_stored_kv(model, pair):
+    acd = ACDLogitsProcessor(model, pair, beta=0.0)
+    batch = build_batch()
+    model.generate(**batch, logits_processor=[acd], **SCORES)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    plain = copy.deepcopy(model)
+    reference = ReferenceProcessor(plain, pair, 0.5, mask=batch["attention_mask"])
+    expected = plain.generate(**batch, logits_processor=[reference], **SCORES)
+    assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_hidden_states_and_attentions_have_the_plain_shapes(name, pair):
+    model, batch = build_model(name), build_batch()
+    model.set_attn_implementation("eager")
+    acd = ACDLogitsProcessor(model, pair)
+    kwargs = SCORES | {"output_hidden_states": True, "output_attentions": True, "max_new_tokens": 3}
+    plain = model.generate(**batch, **kwargs)
+    ours = model.generate(**batch, logits_processor=[acd], **kwargs)
+    for key in ("hidden_states", "attentions"):
+        shapes = [[list(layer.shape) for layer in step] for step in getattr(ours, key)]
+        assert shapes == [[list(layer.shape) for layer in step] for step in getattr(plain, key)]
+
+
+def test_position_ids_of_the_user_are_kept(model, pair):
+    plain, batch = copy.deepcopy(model), build_batch((9,))
+    positions = torch.arange(9)[None] + 5
+    acd = ACDLogitsProcessor(model, pair, beta=0.0)
+    moved = model.generate(**batch, position_ids=positions, logits_processor=[acd], **SCORES)
+    acd.streams.reusable = False
+    assert_same(model.generate(**batch, position_ids=positions, logits_processor=[acd], **SCORES), moved)
+    reference = ReferenceProcessor(plain, pair, 0.5)
+    usual = plain.generate(**batch, logits_processor=[reference], **SCORES)
+    assert not torch.allclose(usual.scores[0], moved.scores[0], atol=1e-4)
+
+
+class TestRefusals:
+    def test_foreign_cache_with_tokens(self, model, pair):
+        acd, batch, cache = ACDLogitsProcessor(model, pair), build_batch((9,)), DynamicCache(config=model.config)
+        model(batch["input_ids"][:, :4], past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values was filled without ACD"):
+            model.generate(**batch, past_key_values=cache, logits_processor=[acd])
+
+    def test_cache_of_another_pair(self, model, pair):
+        acd, other = ACDLogitsProcessor(model, pair), ACDLogitsProcessor(model, build_pair(seed=9))
+        batch = build_batch((9,))
+        out = model.generate(**batch, logits_processor=[acd], **SCORES)
+        with pytest.raises(ValueError, match="another model or prompt pair"):
+            model.generate(out.sequences, past_key_values=out.past_key_values, logits_processor=[other])
+
+    @pytest.mark.parametrize("user_made", [False, True])
+    def test_paired_cache_without_the_processor(self, model, pair, user_made):
+        acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
+        given = {"past_key_values": DynamicCache(config=model.config)} if user_made else {}
+        out = model.generate(**batch, **given, logits_processor=[acd], **SCORES)
+        cache = given.get("past_key_values", out.past_key_values)
+        with pytest.raises(ValueError, match=r"pass logits_processor=\[acd\]"):
+            model.generate(out.sequences, past_key_values=cache)
+
+    def test_forward_that_slips_past_the_hooks(self, model, pair):
+        acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
+        out = model.generate(**batch, logits_processor=[acd], **SCORES)
+        with pytest.raises(RuntimeError, match="without its hooks"):
+            model.model(batch["input_ids"], past_key_values=out.past_key_values)
+
+    def test_decoding_loop_that_drops_the_cache(self, model, pair):
+        def careless(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+            return logits_processor(input_ids, model(input_ids).logits[:, -1])
+
+        acd = ACDLogitsProcessor(model, pair)
+        with pytest.raises(RuntimeError, match="no adversarial logits"):
+            model.generate(**build_batch((9,)), logits_processor=[acd], custom_generate=careless)
+
+    def test_unknown_tensor_input(self, model, pair):
+        acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
+
+        def with_extra(model, input_ids, past_key_values, **kwargs):
+            return model(input_ids, past_key_values=past_key_values, token_type_ids=torch.zeros_like(input_ids))
+
+        with pytest.raises(ValueError, match="token_type_ids"):
+            model.generate(**batch, logits_processor=[acd], custom_generate=with_extra)
+
+    def test_static_cache_of_the_user(self, model, pair):
+        from transformers import StaticCache
+
+        acd = ACDLogitsProcessor(model, pair)
+        with pytest.raises(ValueError, match="cache_implementation='static'"):
+            cache = StaticCache(config=model.config, max_cache_len=32)
+            model.generate(**build_batch((9,)), past_key_values=cache, logits_processor=[acd])
+
+    def test_cache_past_the_horizon(self, model, pair):
+        acd = ACDLogitsProcessor(model, pair, horizon=2)
+        out = model.generate(**build_batch((9,)), logits_processor=[acd], **SCORES)
+        with pytest.raises(ValueError, match="horizon"):
+            model.generate(out.sequences, past_key_values=out.past_key_values, logits_processor=[acd])
