@@ -109,6 +109,7 @@ def test_from_pretrained(model, tmp_path):
         ({"beta": math.nan}, "beta must lie between 0 and 1"),
         ({"horizon": 0}, "horizon must be a number of tokens"),
         ({"horizon": 2.5}, "horizon must be a number of tokens"),
+        ({"horizon": "3"}, "horizon must be a number of tokens"),
     ],
 )
 def test_options_out_of_range(model, pair, options, message):
@@ -136,11 +137,16 @@ def test_a_model_without_generate_is_refused(model, pair):
 
 
 def test_a_model_without_a_transformers_cache_is_refused(pair):
-    from transformers import RwkvConfig, RwkvForCausalLM
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, RwkvConfig, RwkvForCausalLM
 
-    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2))
-    with pytest.raises(ValueError, match="RwkvForCausalLM does not keep its state in a transformers Cache"):
-        ACDLogitsProcessor(model, pair)
+    for model in (
+        RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2)),
+        OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=4)),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{type(model).__name__} does not keep its state in a transformers Cache"
+        ):
+            ACDLogitsProcessor(model, pair)
 
 
 class TestFailsClosed:
@@ -190,6 +196,10 @@ class TestFailsClosed:
         with pytest.raises(RuntimeError, match="outside generate"):
             model.generate(**build_batch(), logits_processor=[keep])
 
+    def test_pickling_the_processor(self, acd):
+        with pytest.raises(TypeError, match="cannot be pickled: save its pair"):
+            pickle.dumps(acd)
+
     def test_a_model_with_a_generate_of_its_own(self, model, pair):
         model.generate = lambda *args, **kwargs: None
         with pytest.raises(ValueError, match="carries a generate of its own"):
@@ -214,6 +224,19 @@ class TestAttachment:
         assert model.__dict__.keys() == before.keys()
         assert all(model.__dict__[key] == before[key] for key in hooks)
         assert model.generate.__func__ is type(model).generate
+
+    def test_processors_that_are_gone_do_not_hold_the_model(self, model, pair):
+        before = set(model.__dict__)
+        kept = [ACDLogitsProcessor(model, pair) for _ in range(3)][-1]
+        twin = copy.deepcopy(model)
+        kept.detach()
+        assert set(model.__dict__) == before
+        ACDLogitsProcessor(twin, pair).detach()
+        assert set(twin.__dict__) == before
+
+    def test_plain_continuous_batching_still_finds_its_processors(self, model, pair):
+        ACDLogitsProcessor(model, pair)
+        assert len(model._get_logits_processor(model.generation_config)) == 0
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
     def test_a_copy_works_plain_and_with_a_processor_of_its_own(self, model, pair, how):

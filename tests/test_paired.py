@@ -72,17 +72,40 @@ def test_soft_prompt_kv_is_computed_once(model, pair):
     assert len(calls) == 2 + 3 * 2  # SP and AP once, then prefill and one step per call
 
 
-def test_changed_weights_drop_the_stored_kv(model, pair):
-    acd = ACDLogitsProcessor(model, pair, beta=0.0)
-    batch = build_batch()
-    model.generate(**batch, logits_processor=[acd], **SCORES)
+def scale_in_place(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
+
+
+def replace_storage(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.9
+
+
+def steer(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.1)
+
+
+@pytest.mark.parametrize("change", [scale_in_place, replace_storage, steer, lambda m: m.double()])
+def test_changed_model_drops_the_stored_kv(model, pair, change):
+    acd = ACDLogitsProcessor(model, pair, beta=0.0)
+    batch = build_batch()
+    model.generate(**batch, logits_processor=[acd], **SCORES)
+    change(model)
     plain = copy.deepcopy(model)
     reference = ReferenceProcessor(plain, pair, 0.5, mask=batch["attention_mask"])
     expected = plain.generate(**batch, logits_processor=[reference], **SCORES)
     assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
+
+
+def test_a_copied_cache_goes_on_by_itself(model, pair):
+    acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
+    first = model.generate(**batch, logits_processor=[acd], **SCORES)
+    turn = {"inputs": torch.cat([first.sequences, torch.tensor([[5, 6]])], dim=1), "logits_processor": [acd]}
+    again = copy.deepcopy(first.past_key_values)
+    expected = model.generate(**turn, past_key_values=first.past_key_values, **SCORES)
+    assert_same(model.generate(**turn, past_key_values=again, **SCORES), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
@@ -163,6 +186,31 @@ class TestRefusals:
         with pytest.raises(ValueError, match="cache_implementation='static'"):
             cache = StaticCache(config=model.config, max_cache_len=32)
             model.generate(**build_batch((9,)), past_key_values=cache, logits_processor=[acd])
+
+    @pytest.mark.parametrize("name", ["llama", "bloom", "mistral_sliding"])
+    @pytest.mark.parametrize("change", ["crop", "reset", "reorder_cache"])
+    def test_cache_changed_outside(self, name, change, pair):
+        model, batch = build_model(name), build_batch((9,))
+        acd, cache = ACDLogitsProcessor(model, pair), DynamicCache(config=model.config)
+        out = model.generate(**batch, past_key_values=cache, logits_processor=[acd], **SCORES)
+        if change == "crop" and name == "mistral_sliding":
+            pytest.skip("transformers refuses to crop a full window")
+        changes = {"crop": [-3], "reset": [], "reorder_cache": [torch.tensor([0])]}
+        getattr(cache, change)(*changes[change])
+        with pytest.raises(ValueError, match="changed outside ACD"):
+            model.generate(out.sequences, past_key_values=cache, logits_processor=[acd])
+
+    def test_cache_left_half_written_by_an_error(self, model, pair):
+        batch = build_batch((9,))
+        acd = ACDLogitsProcessor(model, pair)
+        out = model.generate(**batch, logits_processor=[acd], **SCORES)
+        cache = {"past_key_values": out.past_key_values}
+        hook = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(out.sequences, **cache, logits_processor=[acd])
+        hook.remove()
+        with pytest.raises(ValueError, match="half-written by an error"):
+            model.generate(out.sequences, **cache, logits_processor=[acd])
 
     def test_cache_past_the_horizon(self, model, pair):
         acd = ACDLogitsProcessor(model, pair, horizon=2)

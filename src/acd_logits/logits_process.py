@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import operator
+import weakref
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +53,9 @@ class ACDLogitsProcessor(LogitsProcessor):
     words, repetition penalty) act on the safeguarding stream before the contrast; temperature, top-k and top-p act
     on its result. One object serves any number of calls, one after the other or in several threads.
 
+    The soft prompts' keys and values are stored, and computed again when weights, adapters or hooks change. Only
+    in-place writes through `parameter.data` go unnoticed: build a new processor after those.
+
     Args:
         model: a decoder-only transformers model, or a PeftModel around one (LoRA and the like).
         pair: the prompt pair, checked against the model.
@@ -91,9 +97,7 @@ class ACDLogitsProcessor(LogitsProcessor):
         check_model(self.model)
         pair.check(self.model)
         self.streams = PairedStreams(self.model, pair.safeguarding, pair.adversarial)
-        self.attached = False
-        _attach(self.model)
-        self.attached = True
+        _attach(self)
 
     @classmethod
     def from_pretrained(
@@ -120,10 +124,16 @@ class ACDLogitsProcessor(LogitsProcessor):
         return cls(model, pair, alpha=alpha, beta=beta, horizon=horizon)
 
     def detach(self) -> None:
-        """Restore the model fully. The processor raises if it is used afterwards."""
-        if self.attached:
-            self.attached = False
-            _detach(self.model)
+        """Restore the model fully, if no other processor uses it. This one raises if it is used afterwards."""
+        _detach(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ACDLogitsProcessor:
+        return self  # it belongs to its model, which a copied list of processors still goes with
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "an ACDLogitsProcessor belongs to a loaded model and cannot be pickled: save its pair instead."
+        )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Raise: `generate` calls the processor that `bind` returns.
@@ -147,7 +157,7 @@ class ACDLogitsProcessor(LogitsProcessor):
             batch: number of prompts, before beams and return sequences.
             model_kwargs: what the decoding loop passes to the model, changed in place.
         """
-        if not self.attached:
+        if self not in self.model._acd_attachment.users:
             raise ValueError("this ACDLogitsProcessor was detached from its model: build a new one.")
         if generation_config.token_healing:
             raise ValueError("ACD does not support token_healing: it rewrites the prompt without the contrast.")
@@ -211,9 +221,13 @@ def check_beta(beta: float) -> float:
 
 def check_horizon(horizon: int | None) -> int | None:
     """Return `horizon`; raise ValueError unless it is `None` or a whole number of at least 1."""
-    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1):
+    try:
+        tokens = None if horizon is None else operator.index(horizon)
+    except TypeError:
+        tokens = 0
+    if tokens is not None and tokens < 1:
         raise ValueError(f"horizon must be a number of tokens, at least 1, or None, got {horizon!r}.")
-    return horizon
+    return tokens
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -223,7 +237,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"ACD needs a transformers model with generate(), got {name}.")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; ACD supports decoder-only models.")
-    if not model._supports_default_dynamic_cache():
+    arguments = inspect.signature(model.forward).parameters
+    if not model._supports_default_dynamic_cache() or not any(cache in arguments for cache in CACHE_NAMES):
         raise ValueError(f"{name} does not keep its state in a transformers Cache, which ACD needs.")
     if getattr(model.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
         raise ValueError(f"{name} embeds tokens once per layer, where soft prompts have no embedding.")
@@ -245,6 +260,11 @@ def _paired_cache(
         same = zip(known.streams.prompts, acd.streams.prompts, strict=True)
         if known.streams.model is not acd.model or not all(torch.equal(a, b) for a, b in same):
             raise ValueError("past_key_values was filled under another model or prompt pair.")
+        if not known.is_intact():
+            raise ValueError(
+                "past_key_values was changed outside ACD, or left half-written by an error: start again without it, "
+                "from the whole conversation."
+            )
         paired = known
     elif cache is None:
         if generation_config.use_cache:
@@ -284,13 +304,21 @@ def _is_empty(layer: Any) -> bool:
 
 
 class _Attachment:
-    """The hooks on one model, and how many processors need them. Copied and pickled with the model."""
+    """The hooks on one model, and the processors that need them. Copied and pickled with the model, without users."""
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
-        self.handles, self.users = handles, 0
+        self.handles = handles
+        self.users: weakref.WeakSet[ACDLogitsProcessor] = weakref.WeakSet()
+
+    def __getstate__(self) -> list[RemovableHandle]:
+        return self.handles
+
+    def __setstate__(self, handles: list[RemovableHandle]) -> None:
+        self.handles, self.users = handles, weakref.WeakSet()
 
 
-def _attach(model: PreTrainedModel) -> None:
+def _attach(acd: ACDLogitsProcessor) -> None:
+    model = acd.model
     attachment = model.__dict__.get("_acd_attachment")
     if attachment is None:
         foreign = [name for name in _OVERRIDES if name in model.__dict__]
@@ -304,12 +332,15 @@ def _attach(model: PreTrainedModel) -> None:
     # Set every time: a pickled model comes back with the hooks, but with the stock methods
     for name, function in _OVERRIDES.items():
         setattr(model, name, MethodType(function, model))
-    attachment.users += 1
+    attachment.users.add(acd)
 
 
-def _detach(model: PreTrainedModel) -> None:
-    attachment = model._acd_attachment
-    attachment.users -= 1
+def _detach(acd: ACDLogitsProcessor) -> None:
+    model = acd.model
+    attachment = model.__dict__.get("_acd_attachment")
+    if attachment is None or acd not in attachment.users:
+        return
+    attachment.users.discard(acd)
     if not attachment.users:
         for handle in attachment.handles:
             handle.remove()
@@ -350,8 +381,8 @@ def generate_batch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # 
 def _get_logits_processor(
     self: PreTrainedModel,
     generation_config: GenerationConfig,
-    input_ids_seq_length: int,
-    encoder_input_ids: torch.Tensor,
+    input_ids_seq_length: int | None = None,
+    encoder_input_ids: torch.Tensor | None = None,
     logits_processor: LogitsProcessorList | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -370,7 +401,9 @@ def _get_logits_processor(
     if found:
         if found[0].model is not self:
             raise ValueError("this ACDLogitsProcessor was built for another model: build one for this model.")
-        bound = found[0].bind(generation_config, input_ids_seq_length, encoder_input_ids.shape[0], model_kwargs)
+        if input_ids_seq_length is None or encoder_input_ids is None:
+            raise ValueError("ACD needs generate(): this decoding loop does not say what it starts from.")
+        bound = found[0].bind(generation_config, input_ids_seq_length, len(encoder_input_ids), model_kwargs)
         logits_processor = LogitsProcessorList(bound if p is found[0] else p for p in logits_processor or [])
     return type(self)._get_logits_processor(
         self,

@@ -80,7 +80,7 @@ class PairedStreams:
         Computed again when the weights or the active adapters have changed since the last call.
         """
         with self._lock:
-            state = _fingerprint(self.model)
+            state = _fingerprint(self.model), tuple(prompt._version for prompt in self.prompts)
             if self._stored is None or self._stored[0] != state:
                 with torch.no_grad():
                     streams = [self._run_prompt(prompt, device) for prompt in self.prompts]
@@ -90,6 +90,9 @@ class PairedStreams:
                     ]
                 self._stored = (state, layers)
             return self._stored[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PairedStreams:
+        return self  # a copy of a conversation's cache goes on with the same model and prompts
 
     def _run_prompt(self, prompt: torch.Tensor, device: torch.device) -> list[KeyValues]:
         """Keys and values of one soft prompt, per layer, each `[1, heads, n, head_dim]`."""
@@ -147,6 +150,14 @@ class PairedCache(Cache):
         self.adversarial: torch.Tensor | None = None
         self.drafting = False
 
+    def is_intact(self) -> bool:
+        """Whether the inner cache holds what this object knows of: no crop, reset or exception came in between."""
+        if self.interrupted or self.inner is None or not self.seen:
+            return not self.interrupted
+        rows, length = len(self._lengths()) * self.rows, self.streams.width + self.seen
+        attention = [layer for layer in self.inner.layers if isinstance(layer, DynamicLayer | StaticLayer)]
+        return all(int(layer.get_seq_length()) == length and len(layer.keys) == rows for layer in attention)
+
     # ----- what generate sees -----
 
     @property
@@ -169,6 +180,7 @@ class PairedCache(Cache):
         self.rows = 0
         self.seen = 0
         self.alone = False  # True once the adversarial rows are dropped
+        self.interrupted = False  # True while a forward runs, and for ever if it raised
         self.last = 0  # visible length at the last kept position
         self.begin_call(0, 0, None, None)
 
@@ -234,6 +246,7 @@ class PairedCache(Cache):
             ValueError: for an input that has no meaning in the second stream.
         """
         _check_pairable(call)
+        self.interrupted = True
         self._drop_adversarial_rows(call)
         x = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         rows, new = x.shape[:2]
@@ -279,6 +292,7 @@ class PairedCache(Cache):
             self.seen += call.new
             output[call.name] = self
         self.last = self.seen if self.inner is not None else call.new
+        self.interrupted = False
         return output
 
     def adversarial_logits(self, ids_length: int) -> torch.Tensor | None:
@@ -314,7 +328,8 @@ class PairedCache(Cache):
         return torch.tensor(self._lengths(), device=device).repeat_interleave(self.rows)[:, None]
 
     def _both(self, rows: torch.Tensor) -> torch.Tensor:
-        """Inner rows of the given visible rows."""
+        """Inner rows of the given visible rows (indices, or a mask)."""
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
         return rows if self.alone else torch.cat([rows, rows + self.rows])
 
     def _shift(self, device: torch.device) -> torch.Tensor:
@@ -335,7 +350,11 @@ class PairedCache(Cache):
         end = width + self._shift(device)
         soft = (slots >= end - self._each_length(device)) & (slots < end)
         x = torch.nn.functional.pad(self._each(visible).bool(), (width, 0))
-        return (soft | x).long()
+        mask = (soft | x).long()
+        if isinstance(self.inner, StaticCache) and not self.streams.takes_positions:
+            # Bloom builds its ALiBi distances, and with them the key length, from the mask
+            mask = torch.nn.functional.pad(mask, (0, max(0, self.inner.get_max_length() - width - length)))
+        return mask
 
     def _write_prompts(self, device: torch.device) -> None:
         """Fill the W prompt slots of every row from the stored keys and values (reused layout)."""
@@ -413,6 +432,10 @@ class _GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
+        if start and len(self.keys) != len(key_states):  # one row would be copied to all by broadcasting
+            raise ValueError(
+                f"this cache holds {len(self.keys)} rows, but the model was called with {len(key_states)}."
+            )
         stop = start + key_states.shape[-2]
         # Cropped or reordered keys are tensors of their own, and move into new buffers
         if self._buffers is None or self.keys is not self._written or stop > self._buffers[0].shape[-2]:
@@ -469,10 +492,10 @@ def forward_hook(
 
 def roomier(cache: Cache, width: int, config: Any) -> Cache:
     """The cache to use inside for one `generate` made: a static one gets `width` more slots."""
-    if not isinstance(cache, StaticCache):
+    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    if not isinstance(cache, StaticCache) or not lengths:
         return cache
-    length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
-    return StaticCache(config=config, max_cache_len=length + width, offloading=cache.offloading)
+    return StaticCache(config=config, max_cache_len=max(lengths) + width, offloading=cache.offloading)
 
 
 def _check_pairable(call: dict[str, Any]) -> None:
@@ -492,15 +515,27 @@ def _fingerprint(model: PreTrainedModel) -> object:
     In-place writes through `.data` escape torch's version counter, and so this.
     """
     weights = tuple(
-        (id(p), p.dtype, p.device, 0 if p.is_inference() else p._version)
+        (id(p), _address(p), p.dtype, p.device, 0 if p.is_inference() else p._version)
         for p in (*model.parameters(), *model.buffers())
+    )
+    hooks = tuple(
+        id(hook)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
     adapters = tuple(
         (str(m.active_adapters), m.disable_adapters, str(m.merged_adapters), str(getattr(m, "scaling", "")))
         for m in model.modules()
         if hasattr(m, "merged_adapters")
     )
-    return weights, adapters
+    return weights, hooks, adapters
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without storage of its own, such as a quantised weight
+        return 0
 
 
 def _stack(*tensors: torch.Tensor) -> torch.Tensor:
