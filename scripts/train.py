@@ -1,0 +1,32 @@
+r"""Train a prompt pair for a model: the Safeguarding Prompt, then the Adversarial Prompt.
+
+The demo model (SmolLM2-135M-Instruct), on the responses that build_anchors.py sampled from it:
+
+    python scripts/train.py --train_file anchors.jsonl --output_dir my-pair
+
+Another model, in bfloat16, with L_r as KL divergence and weighted more, logged to TensorBoard:
+
+    python scripts/train.py --train_file anchors.jsonl --output_dir my-pair \
+        --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --dtype bfloat16 \
+        --retain kl --lr_weight 3 --report_to tensorboard
+
+Two GPUs, half of the batch on each:
+
+    accelerate launch --num_processes 2 scripts/train.py --train_file anchors.jsonl --output_dir my-pair \
+        --per_device_train_batch_size 4
+
+A run that was stopped goes on when the same command is given again. `acd-logits train` is the same command, installed.
+"""
+
+import sys
+
+from acd_logits.cli import run_command, train_parser
+
+
+def main() -> int:
+    """Parse, train, print; return the exit code."""
+    return run_command(train_parser("train.py", __doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
