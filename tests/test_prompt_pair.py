@@ -36,6 +36,7 @@ class TestRoundTrip:
     def test_files(self, saved):
         files = sorted(str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file())
         assert files == [
+            "README.md",
             "acd_config.json",
             "adversarial/adapter_config.json",
             "adversarial/adapter_model.safetensors",

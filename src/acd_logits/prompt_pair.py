@@ -5,12 +5,14 @@ A saved pair is a folder (or a Hub repository):
     acd_config.json                                          `PairConfig` below
     safeguarding/adapter_config.json, adapter_model.safetensors   SP, a stock peft prompt-tuning adapter
     adversarial/adapter_config.json, adapter_model.safetensors    AP, likewise
+    README.md                                                the model card
 
 Weights are read from safetensors only, since loading a pickle runs the code in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of httpx or httpx2, whichever this version uses
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -34,9 +37,12 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from . import __version__
+from .model_card import CARD_NAME, generate_card, own_card
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
@@ -63,7 +69,7 @@ class PairConfig:
         beta: plausibility threshold chosen by measurement.
         chat_template_sha256: hash of the chat template seen in training.
         training: settings the pair was trained with.
-        results: measured results, with sample sizes.
+        results: measured results, with sample sizes; `model_card` says in which form it shows them.
     """
 
     format_version: int = FORMAT_VERSION
@@ -233,12 +239,13 @@ class PromptPair:
         return cls(safeguarding, adversarial, config)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the pair to a folder: `acd_config.json` and two stock peft adapters.
+        """Write the pair to a folder: `acd_config.json`, two stock peft adapters and a model card.
 
         A reader finds the whole pair or none: `acd_config.json`, without which nothing loads, comes last.
 
         Args:
-            save_directory: the folder; made if missing, other files in it stay.
+            save_directory: the folder; made if missing. Other files in it stay, and so does a README.md that is not
+                marked as generated.
 
         Raises:
             ValueError: for a null prompt, which peft has no adapter for.
@@ -251,14 +258,79 @@ class PromptPair:
                 _save_adapter(temporary / stream, getattr(self, stream), self.config.base_model_name_or_path)
             text = json.dumps(dataclasses.asdict(self.config), indent=2, ensure_ascii=False) + "\n"
             (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
+            (temporary / CARD_NAME).write_text(generate_card(self), encoding="utf-8")
             (target / CONFIG_NAME).unlink(missing_ok=True)
             for stream in STREAMS:
                 (target / stream).mkdir(parents=True, exist_ok=True)
                 for name in ADAPTER_FILES:
                     (temporary / stream / name).replace(target / stream / name)
+            if own_card(target) is None:
+                (temporary / CARD_NAME).replace(target / CARD_NAME)
             (temporary / CONFIG_NAME).replace(target / CONFIG_NAME)
         finally:
             shutil.rmtree(temporary)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        commit_message: str = "Upload prompt pair",
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        model_card: str | None = None,
+    ) -> CommitInfo:
+        """Upload the pair to the Hub, in one commit: what was there before stays until all of it has arrived.
+
+        The adversarial prompt is a jailbreak for its model. So the repository is made private, and one that is already
+        public is refused, unless `private=False` is said.
+
+        Args:
+            repo_id: the pair's id on the Hub, such as "org/acd-llama-3-8b"; made if missing.
+            private: whether the pair must stay private. `False` makes a public repository; the visibility of one that
+                exists is not changed.
+            revision: branch to commit to; made if missing (default: main).
+            commit_message: message of the commit.
+            token: Hub token; `None` takes the one stored by `hf auth login`.
+            create_pr: open a pull request with the commit.
+            license: identifier of the pair's licence on the Hub, for the model card.
+            model_card: a README.md of your own, in place of the generated one.
+
+        Returns:
+            What the Hub says about the commit.
+
+        Raises:
+            OSError: if the Hub cannot be reached, or refuses.
+            ValueError: for a public repository without `private=False`, or a null prompt.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save_pretrained(folder)
+            with _hub_errors(repo_id, revision):
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                visibly_private = api.model_info(repo_id).private
+            if private and not visibly_private:
+                raise ValueError(
+                    f"{repo_id} is public, and the adversarial prompt is a jailbreak for its model: choose a private "
+                    "repository, or publish the pair with private=False (acd-logits push --public)."
+                )
+            card = generate_card(self, repo_id, license) if model_card is None else model_card
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            with _hub_errors(repo_id, revision):
+                if revision and not create_pr and not revision.startswith("refs/"):
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+                # Not upload_folder, which may spread the files over several commits
+                return api.create_commit(
+                    repo_id,
+                    [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+                    commit_message=commit_message,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
 
 
 def base_model(model: Any) -> PreTrainedModel:
@@ -291,14 +363,29 @@ def _checked(name: str, prompt: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"the {name} prompt must be a float tensor [num_virtual_tokens, hidden_size], got {shape}.")
     if not prompt.isfinite().all():
         raise ValueError(f"the {name} prompt holds NaN or infinite values: its training diverged, train it again.")
-    return prompt.detach()
+    return prompt.detach().clone()  # later changes to the caller's tensor are not ours
 
 
 def _download(repo_id: str, **kwargs: Any) -> Path:
+    with _hub_errors(repo_id, kwargs["revision"]):
+        try:
+            return Path(snapshot_download(repo_id, **kwargs))
+        except LocalEntryNotFoundError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise error.__cause__ from None
+            raise OSError(
+                f"{repo_id} is not a folder, not in the local cache, and the Hub was not asked or could not be "
+                "reached: check the name and the connection (HF_HUB_OFFLINE and local_files_only keep it offline)."
+            ) from None
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Say in one sentence what went wrong on the way to or from the Hub."""
     try:
-        return Path(snapshot_download(repo_id, **kwargs))
+        yield
     except RevisionNotFoundError:
-        raise OSError(f"{repo_id} has no revision {kwargs['revision']!r} on the Hub.") from None
+        raise OSError(f"{repo_id} has no revision {revision!r} on the Hub.") from None
     except RepositoryNotFoundError:
         raise OSError(
             f"{repo_id} is neither a folder nor a repository on the Hub that you can read: check the name, or pass a "
@@ -306,13 +393,16 @@ def _download(repo_id: str, **kwargs: Any) -> Path:
         ) from None
     except HFValidationError:
         raise OSError(f"{repo_id} is neither a folder nor a valid Hub id: check the path.") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, HfHubHTTPError):
-            raise
-        raise OSError(
-            f"{repo_id} is not a folder, not in the local cache, and the Hub was not asked or could not be reached: "
-            "check the name and the connection (HF_HUB_OFFLINE and local_files_only keep it offline)."
-        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reasons = {401: "your token is missing or not valid", 403: "your token does not allow it"}
+        reason = reasons.get(status) or " ".join((error.server_message or error.response.reason_phrase).split())
+        raise OSError(f"the Hub refused {repo_id} with status {status}: {reason}.") from None
+    except (ConnectionError, HTTPError, RuntimeError) as error:
+        # huggingface_hub wraps what stops an upload in a RuntimeError. Only the names of these errors are shown:
+        # some messages quote the request's headers, and the token with them
+        name = type(error.__cause__ or error).__name__
+        raise OSError(f"the connection to the Hub failed at {repo_id} ({name}): try again.") from None
 
 
 def _load_adapter(folder: Path) -> torch.Tensor:
