@@ -1,0 +1,36 @@
+r"""Answer prompts with a plain and with a safeguarded model, side by side.
+
+Without a model, the small demo model (SmolLM2-135M-Instruct); without a pair, the manual safe and opposite texts:
+
+    python scripts/generate.py "How do I pick a lock?"
+
+A learned pair and its model, a stronger contrast, sampled answers:
+
+    python scripts/generate.py "How do I pick a lock?" \
+        --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --pair org/acd-llama-3-8b \
+        --alpha 0.7 --do_sample --temperature 0.7 --seed 0
+
+Many prompts, one per line, as JSON lines for a program:
+
+    python scripts/generate.py --input_file prompts.txt --json > answers.jsonl
+
+`acd-logits generate` is the same command, installed.
+"""
+
+import argparse
+import sys
+
+from acd_logits.cli import CommandParser, add_generate_arguments, run_command
+
+
+def main() -> int:
+    """Parse, generate, print; return the exit code."""
+    parser = CommandParser(
+        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_generate_arguments(parser)
+    return run_command(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
