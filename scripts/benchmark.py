@@ -1,0 +1,368 @@
+r"""Measure what ACD costs: plain generate, ACD, and transformers' `guidance_scale`, side by side in one process.
+
+The demo model (SmolLM2-135M-Instruct) on 2 CPU threads, as in docs/benchmarks.md:
+
+    python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 --new_tokens 40 \
+        --repeats 9 --output_file benchmark.json
+
+Random weights in the shapes of Llama-2-7B on a GPU, and a model of your own:
+
+    python scripts/benchmark.py --device cuda --dtype bfloat16 --random_llama 7b \
+        --batch_sizes 1 8 32 --prompt_lengths 30 512 --output_file benchmark-7b.json
+    python scripts/benchmark.py --device cuda --dtype bfloat16 --model_name_or_path org/model
+
+The arms answer the same random prompts, greedily and without an end-of-sequence token, so all take equal steps:
+
+- `plain`: the prompt alone.
+- `acd`: [SP; prompt] and [AP; prompt] with random soft prompts and the default alpha and beta. The processor is kept
+  between calls, as in use, so the soft prompts' keys and values are there already: they are computed in the warm-up.
+- `guidance`: the prompt, and a negative prompt (100 tokens by default, and the prompt), which is as long as ACD's
+  adversarial stream. Its other stream has no soft prompt, so it is shorter than ACD's. transformers computes the
+  negative prompt anew in each call, one forward for each stream, with the logits of all its tokens.
+
+Plain and guidance run while ACD's hooks are on the model, where they pass everything through (some microseconds).
+
+Columns: time to the first token (with the prefill of all streams), decode time per token after the first, wall time
+of the whole generate call, and its peak memory above the level before it. Times are medians over the repeats. A ratio
+compares an arm with plain in the same repeat: median (minimum to maximum). Memory (allocated on CUDA, resident on
+Linux) is measured in a call of its own with a new processor, so the soft prompts' keys and values are included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, StoppingCriteria
+from transformers.utils.logging import tqdm
+
+from acd_logits import ACDLogitsProcessor, PromptPair, __version__
+from acd_logits.cli import CommandError, CommandParser, run_command
+from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
+
+SHAPES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+RANDOM_LLAMAS = {
+    "tiny": (512, 64, 128, 2, 4, 2),
+    "1b": (128256, 2048, 8192, 16, 32, 8),  # Llama-3.2-1B, but for its tied embeddings
+    "7b": (32000, 4096, 11008, 32, 32, 32),  # Llama-2-7B
+}
+METRICS = ("first_token_s", "decode_s_per_token", "call_s")
+
+
+@dataclass
+class Setup:
+    """What all cells share."""
+
+    model: PreTrainedModel
+    pair: PromptPair
+    new_tokens: int
+    repeats: int
+
+
+def plain_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
+    """Plain generation."""
+    return {}
+
+
+def acd_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
+    """ACD with a new processor."""
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, setup.pair)]}
+
+
+def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
+    """Classifier-free guidance; generate makes a new processor, and so a new negative cache, for each call."""
+    prefix = random_ids(setup.model, len(prompt), len(setup.pair.adversarial))
+    negative = torch.cat([prefix, prompt], dim=1)
+    return {
+        "guidance_scale": 1.5,
+        "negative_prompt_ids": negative,
+        "negative_prompt_attention_mask": torch.ones_like(negative),
+    }
+
+
+# Each makes an arm's own arguments of generate from the setup and the prompt ids, [batch, length]
+ARMS: dict[str, Callable[[Setup, torch.Tensor], dict[str, Any]]] = {
+    "plain": plain_arguments,
+    "acd": acd_arguments,
+    "guidance": guidance_arguments,
+}
+
+
+class TokenClock(StoppingCriteria):
+    """Notes the time at which each new token is ready; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # noqa: D102
+        self.times.append(now(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def now(device: torch.device) -> float:
+    """Return the time at which the device has done all that it was given.
+
+    CUDA runs behind the host, whose own clock would tell when a step was queued. Waiting here costs no arm anything:
+    right after the stopping criteria, generate reads from the device whether to stop, and so waits itself.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def random_ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:
+    """Draw token ids on the model's device."""
+    return torch.randint(model.get_input_embeddings().num_embeddings, shape, device=model.device)
+
+
+def generate(setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any]) -> dict[str, float]:
+    """Run one generate call and return its metrics."""
+    clock = TokenClock()
+    start = now(prompt.device)
+    output = setup.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=setup.new_tokens,
+        stopping_criteria=[clock],
+        **arguments,
+    )
+    end = now(prompt.device)
+    new_tokens = output.shape[1] - prompt.shape[1]
+    if not new_tokens == len(clock.times) == setup.new_tokens:
+        raise RuntimeError(f"made {new_tokens} tokens in {len(clock.times)} steps instead of {setup.new_tokens}")
+    decode = (clock.times[-1] - clock.times[0]) / (new_tokens - 1)
+    values = (clock.times[0] - start, decode, end - start)
+    return {**dict(zip(METRICS, values, strict=True)), "new_tokens": new_tokens}
+
+
+def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
+    """Return how far memory rises above its level before the call, or None where that cannot be read."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed but kept pages would be used again, and not show up as a rise
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present level
+        before = resident_bytes("VmHWM")
+    except (OSError, AttributeError, TypeError):  # no Linux, no glibc, or no right to reset
+        return None
+    call()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """Read a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+
+
+def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: Any) -> dict[str, Any]:
+    """Measure every arm at one batch size and prompt length."""
+    prompt = random_ids(setup.model, batch_size, prompt_length)
+    arguments = {arm: make(setup, prompt) for arm, make in ARMS.items()}
+    for arm in ARMS:
+        generate(setup, prompt, arguments[arm])  # warm-up
+    runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    names = list(ARMS)
+    for repeat in range(setup.repeats):
+        first = repeat % len(names)
+        for arm in names[first:] + names[:first]:
+            runs[arm].append(generate(setup, prompt, arguments[arm]))
+            progress.update()
+    for arm in ARMS:
+        detach(arguments[arm])
+    arms = {
+        arm: {
+            "peak_bytes": measure_peak(setup, prompt, arm),
+            "summary": {metric: summarise(runs[arm], runs["plain"], metric) for metric in METRICS},
+            "runs": runs[arm],
+        }
+        for arm in ARMS
+    }
+    return {"batch_size": batch_size, "prompt_length": prompt_length, "arms": arms}
+
+
+def measure_peak(setup: Setup, prompt: torch.Tensor, arm: str) -> int | None:
+    """Return the peak memory of an arm's first call."""
+    arguments = ARMS[arm](setup, prompt)
+    peak = peak_bytes(prompt.device, lambda: generate(setup, prompt, arguments))
+    detach(arguments)
+    return peak
+
+
+def detach(arguments: dict[str, Any]) -> None:
+    """Take an arm's processors off the model."""
+    for processor in arguments.get("logits_processor", []):
+        processor.detach()
+
+
+def summarise(runs: list[dict[str, float]], plain: list[dict[str, float]], metric: str) -> dict[str, Any]:
+    """Return the median of a metric and its ratios to plain, repeat by repeat."""
+    ratios = [run[metric] / base[metric] for run, base in zip(runs, plain, strict=True)]
+    ratio = {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+    return {"median": median(run[metric] for run in runs), "ratio_to_plain": ratio}
+
+
+def load_setup(args: argparse.Namespace) -> Setup:
+    """Load or make the model, and draw the soft prompts from its embeddings."""
+    torch.manual_seed(0)
+    options = {"dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation}
+    try:
+        if args.random_llama:
+            shapes = dict(zip(SHAPES, RANDOM_LLAMAS[args.random_llama], strict=True))
+            config = LlamaConfig(max_position_embeddings=4096, **shapes)
+            with torch.device(args.device):  # a large model is drawn on the GPU, not in the host's memory
+                model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(resolve_model_name(args.model_name_or_path), **options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise CommandError(f"cannot make the model: {' '.join(str(error).split())}") from error
+    model.to(args.device).eval()
+    needed = max(args.num_virtual_tokens, args.adversarial_tokens) + max(args.prompt_lengths) + args.new_tokens
+    if needed > getattr(model.config, "max_position_embeddings", needed):
+        raise CommandError(f"{needed} tokens are more than the model's {model.config.max_position_embeddings}")
+    model.generation_config = GenerationConfig(pad_token_id=0)  # greedy, and nothing ends early
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        safeguarding, adversarial = (
+            embed(random_ids(model, length)) for length in (args.num_virtual_tokens, args.adversarial_tokens)
+        )
+    pair = PromptPair(safeguarding=safeguarding, adversarial=adversarial)
+    return Setup(model, pair, args.new_tokens, args.repeats)
+
+
+def describe_environment(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
+    """Return what the numbers depend on besides the settings."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+    return {
+        "model": f"random Llama {args.random_llama}" if args.random_llama else args.model_name_or_path,
+        "dtype": args.dtype,
+        "attn_implementation": model.config._attn_implementation,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "acd_logits": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Write the result as Markdown."""
+    facts = [
+        f"{key.replace('_', ' ')} {value}"
+        for part in ("environment", "settings")
+        for key, value in result[part].items()
+    ]
+    lines = [
+        "; ".join(facts) + ".\n",
+        "| batch | prompt | arm | first token, ms | ratio | decode, ms/token | ratio | call, s | ratio | peak, MiB |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for cell in result["cells"]:
+        for arm, measured in cell["arms"].items():
+            columns = [str(cell["batch_size"]), str(cell["prompt_length"]), arm]
+            for metric, scale, digits in (("first_token_s", 1e3, 1), ("decode_s_per_token", 1e3, 2), ("call_s", 1, 3)):
+                summary = measured["summary"][metric]
+                ratio = summary["ratio_to_plain"]
+                columns.append(f"{summary['median'] * scale:.{digits}f}")
+                columns.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+            peak = measured["peak_bytes"]
+            columns.append("n/a" if peak is None else f"{peak / 2**20:.0f}")
+            lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `minimum` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {minimum}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    positive = at_least(1)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model_name_or_path", default=DEMO_MODEL, help=f"default: {DEMO_MODEL}, the demo model")
+    model.add_argument("--random_llama", choices=RANDOM_LLAMAS, help="a Llama of this size with random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--attn_implementation", metavar="NAME", help="default: transformers' choice")
+    parser.add_argument("--num_threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--num_virtual_tokens", type=positive, default=100, metavar="N", help="length of SP")
+    parser.add_argument("--adversarial_tokens", type=positive, metavar="N", help="length of AP (default: as SP)")
+    parser.add_argument("--batch_sizes", type=positive, nargs="+", default=[1, 4, 8], metavar="N")
+    parser.add_argument("--prompt_lengths", type=positive, nargs="+", default=[30], metavar="N")
+    parser.add_argument("--new_tokens", type=at_least(2), default=40, metavar="N")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N")
+    parser.add_argument("--output_file", type=Path, metavar="FILE", help="write all measurements here as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table and write the JSON file."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("no CUDA device is available")
+    if args.output_file and not args.output_file.parent.is_dir():
+        raise CommandError(f"no such folder: {args.output_file.parent}")
+    args.adversarial_tokens = args.adversarial_tokens or args.num_virtual_tokens
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    setup = load_setup(args)
+    cells = [(batch_size, length) for batch_size in args.batch_sizes for length in args.prompt_lengths]
+    names = ("num_virtual_tokens", "adversarial_tokens", "batch_sizes", "prompt_lengths", "new_tokens", "repeats")
+    result: dict[str, Any] = {
+        "environment": describe_environment(args, setup.model),
+        "settings": {name: getattr(args, name) for name in names},
+        "cells": [],
+    }
+    with tqdm(total=len(cells) * args.repeats * len(ARMS), file=sys.stderr, unit="call") as progress:
+        for cell in cells:
+            result["cells"].append(measure_cell(setup, *cell, progress))
+            if args.output_file:  # after each cell: a long run that is cut short leaves what it has
+                args.output_file.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+def main() -> int:
+    """Parse, measure, print; return the exit code."""
+    parser = CommandParser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    return run_command(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
