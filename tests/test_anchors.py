@@ -570,7 +570,7 @@ def test_no_endpoint_no_key_no_client(endpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "set OPENAI_API_KEY" in fails()
     monkeypatch.setitem(sys.modules, "openai", None)
-    assert "pip install openai" in fails()
+    assert "acd-logits[openai]" in fails()
 
 
 def test_an_interrupt_keeps_what_is_there(tmp_path):

@@ -605,7 +605,7 @@ def _openai_client() -> Any:
     try:
         import openai
     except ImportError:
-        raise ImportError("generating instructions needs its client: pip install openai") from None
+        raise ImportError('generating instructions needs openai: pip install "acd-logits[openai]"') from None
     try:
         return openai.OpenAI()
     except openai.OpenAIError:
