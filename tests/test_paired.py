@@ -156,6 +156,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"pass logits_processor=\[acd\]"):
             model.generate(out.sequences, past_key_values=cache)
 
+    def test_paired_cache_of_a_call_without_cache(self, model, pair):
+        acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
+        out = model.generate(**batch, logits_processor=[acd], use_cache=False, **SCORES)
+        with pytest.raises(ValueError, match=r"pass logits_processor=\[acd\]"):
+            model.generate(out.sequences, past_key_values=out.past_key_values)
+
     def test_forward_that_slips_past_the_hooks(self, model, pair):
         acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
         out = model.generate(**batch, logits_processor=[acd], **SCORES)

@@ -394,7 +394,7 @@ def _get_logits_processor(
     """
     found = _contrasting(logits_processor)
     model_kwargs = {} if model_kwargs is None else model_kwargs
-    if not found and any(_known_cache(model_kwargs.get(name)) for name in CACHE_NAMES):
+    if not found and any(_known_cache(model_kwargs.get(name)) is not None for name in CACHE_NAMES):
         raise ValueError("past_key_values was filled under ACD: pass logits_processor=[acd] in this call too.")
     if len(found) > 1:
         raise ValueError("generate() takes one ACDLogitsProcessor at a time.")
