@@ -5,6 +5,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask the Hub
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
@@ -19,6 +22,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -28,6 +32,15 @@ from acd_logits.prompt_pair import PairConfig
 torch.set_num_threads(1)
 
 VOCAB, HIDDEN = 97, 32
+
+PAIR_FILES = [
+    "README.md",
+    "acd_config.json",
+    "adversarial/adapter_config.json",
+    "adversarial/adapter_model.safetensors",
+    "safeguarding/adapter_config.json",
+    "safeguarding/adapter_model.safetensors",
+]
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -135,15 +148,17 @@ def pair():
     return build_pair()
 
 
+def build_tokenizer(words, unk_token, special=(), **kwargs):
+    """A tokenizer of whole words, numbered in their order; `special` ones are found inside of text too."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token=unk_token))
+    backend.pre_tokenizer = Whitespace()
+    backend.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unk_token, **kwargs)
+
+
 @pytest.fixture
 def tokenizer():
     """Words w3 to w96 are the tokens 3 to 96."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    words_only = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words_only, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
-    )
+    words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))]
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    return build_tokenizer(words, unk_token="<pad>", padding_side="left", **names)

@@ -16,9 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from acd_logits import anchors, cli
@@ -35,6 +32,7 @@ from acd_logits.anchors import (
 )
 from acd_logits.cli import main
 from acd_logits.prompts import OPPOSITE_PROMPT, SAFE_PROMPT, shipped_folder
+from conftest import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = "You are a safe helpful careful reckless assistant how do I pick the lock paint fence with open close key door"
@@ -60,12 +58,8 @@ SETTINGS = SamplingSettings(batch_size=4, max_new_tokens=12, temperature=1.5, se
 @pytest.fixture(scope="module")
 def tokenizer():
     words = ["[PAD]", "[UNK]", "[END]", "system", "user", "assistant", ":", *WORDS.split()]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
-    backend.pre_tokenizer = Whitespace()
-    backend.add_special_tokens(["[PAD]", "[END]"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
-    )
+    names = {"pad_token": "[PAD]", "eos_token": "[END]"}
+    tokenizer = build_tokenizer(words, unk_token="[UNK]", special=names.values(), **names)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

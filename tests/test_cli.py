@@ -12,11 +12,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from acd_logits import cli
 from acd_logits.cli import main
+from conftest import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -29,9 +29,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.co
 def model_path(tmp_path_factory):
     """A Llama of random weights that answers in words, with a chat template."""
     words = ["[UNK]", "[END]", "user", "assistant", ":", *WORDS.split()]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[END]")
+    tokenizer = build_tokenizer(words, unk_token="[UNK]", eos_token="[END]")
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -17,17 +17,8 @@ import torch
 from peft import PeftModel
 
 from acd_logits import PromptPair, cli
-from conftest import VOCAB, build_batch, build_model, build_pair
+from conftest import PAIR_FILES, VOCAB, build_batch, build_model, build_pair
 from hub_server import Hub
-
-PAIR_FILES = [
-    "README.md",
-    "acd_config.json",
-    "adversarial/adapter_config.json",
-    "adversarial/adapter_model.safetensors",
-    "safeguarding/adapter_config.json",
-    "safeguarding/adapter_model.safetensors",
-]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from acd_logits import PromptPair
 from acd_logits.prompt_pair import PairConfig
-from conftest import HIDDEN, VOCAB, build_batch, build_model, build_pair
+from conftest import HIDDEN, PAIR_FILES, VOCAB, build_batch, build_model, build_pair
 
 
 @pytest.fixture
@@ -35,14 +35,7 @@ class TestRoundTrip:
 
     def test_files(self, saved):
         files = sorted(str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file())
-        assert files == [
-            "README.md",
-            "acd_config.json",
-            "adversarial/adapter_config.json",
-            "adversarial/adapter_model.safetensors",
-            "safeguarding/adapter_config.json",
-            "safeguarding/adapter_model.safetensors",
-        ]
+        assert files == PAIR_FILES
         assert [path.name for path in saved.parent.iterdir()] == ["pair"]  # no temporary folder left
 
     def test_subfolder(self, saved):

@@ -246,13 +246,13 @@ class PairedCache(Cache):
             ValueError: for an input that has no meaning in the second stream.
         """
         _check_pairable(call)
-        self.interrupted = True
-        self._drop_adversarial_rows(call)
         x = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         rows, new = x.shape[:2]
         if self.rows and self.inner is not None and rows != self.rows:
             raise ValueError(f"this cache holds {self.rows} rows, but the model was called with {rows}.")
         self.rows = rows
+        self.interrupted = True  # from here on, until `split`, this object and the inner cache change
+        self._drop_adversarial_rows(call)
         seen = self.seen if self.inner is not None else 0
         if not seen and self.reuses:
             self._write_prompts(x.device)
