@@ -224,26 +224,53 @@ def test_logits_are_those_of_each_response_alone(name):
     prompt = build_pair(n_s=6).safeguarding
     opo = OPOModel.from_prompt(model, prompt)
     examples = [
-        {"prompt": [5, 6, 7, 8], "response": [9, 10, 11], "split": 0},
-        {"prompt": [12, 13], "response": [14], "split": 1},
-        {"prompt": [15, 16, 17], "response": [18, 19, 20, 21], "split": 2},
+        {"input_ids": [5, 6, 7, 8], "response": [9, 10, 11], "split": 0},
+        {"input_ids": [12, 13], "response": [14], "split": 1},
+        {"input_ids": [15, 16, 17], "response": [18, 19, 20, 21], "split": 2},
     ]
     batch = collate(examples)
     logits = opo(batch["input_ids"], batch["attention_mask"], batch["labels"].shape[1])
     plain = opo(batch["input_ids"], batch["attention_mask"], batch["labels"].shape[1], prompted=False)
     embedding = model.get_input_embeddings()
     for i, example in enumerate(examples):
-        n, tokens = len(example["response"]), embedding(torch.tensor([example["prompt"] + example["response"]]))
+        n, tokens = len(example["response"]), embedding(torch.tensor([example["input_ids"] + example["response"]]))
         alone = model(inputs_embeds=torch.cat([prompt[None], tokens], 1), use_cache=False).logits[0, -n - 1 : -1]
         torch.testing.assert_close(logits[i, :n], alone, atol=1e-4, rtol=1e-4)
         alone = model(inputs_embeds=tokens, use_cache=False).logits[0, -n - 1 : -1]
         torch.testing.assert_close(plain[i, :n], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("start", [[], [90, 3, 4, 90]], ids=["nothing in common", "a common start"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_computing_what_rows_share_once_changes_nothing(name, start, monkeypatch):
+    model = build_model(name)
+    examples = [
+        {"input_ids": [*start, 5, 6, 7, 8], "response": [9, 10, 11], "split": 0},
+        {"input_ids": [*start, 12], "response": [14], "split": 1},
+        {"input_ids": [*start, 12, 16, 17], "response": [18, 19, 20, 21], "split": 2},
+    ]
+    batch = collate(examples)
+    kept = (batch["labels"] != IGNORED)[..., None]
+    lengths, results = [], []
+    model.register_forward_pre_hook(
+        lambda _, __, call: lengths.append(call["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    for shared in (True, False):
+        monkeypatch.setattr(OPOModel, "shares_prefix", lambda _, shared=shared: shared)
+        opo = OPOModel.from_prompt(model, build_pair(n_s=6).safeguarding)
+        logits, plain = (opo(batch["input_ids"], batch["attention_mask"], 4, prompted=p) for p in (True, False))
+        (logits.log_softmax(-1) * kept).sum().backward()
+        results.append((logits * kept, plain * kept, opo.soft_prompt.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    behind = [*([len(start)] if start else []), 8]  # of the plain forward: the common start, and the longest rest
+    assert lengths == [6 + len(start), 8, *behind, 6 + len(start) + 8, len(start) + 8]
+
+
 def test_only_the_soft_prompt_learns_and_in_full_precision():
     model = build_model("gpt2").to(torch.bfloat16)  # has dropout
     opo = OPOModel.from_prompt(model, build_pair(n_s=6).safeguarding).train()
-    batch = collate([{"prompt": [5, 6], "response": [9, 10], "split": 0}])
+    batch = collate([{"input_ids": [5, 6], "response": [9, 10], "split": 0}])
     logits = opo(batch["input_ids"], batch["attention_mask"], 2)
     logits.sum().backward()
     assert torch.equal(logits, opo(batch["input_ids"], batch["attention_mask"], 2))
@@ -317,7 +344,7 @@ def test_the_templates_own_token_ends_a_turn(tokenizer, behind, token):
 
 def test_long_responses_are_cut_off(tokenizer):
     (example,) = encode_anchors(anchor_rows(1)[:1], tokenizer, False, 2)
-    assert example == {"prompt": tokenizer(f"{HARMFUL} w30")["input_ids"], "response": [50, 51], "split": 0}
+    assert example == {"input_ids": tokenizer(f"{HARMFUL} w30")["input_ids"], "response": [50, 51], "split": 0}
 
 
 @pytest.mark.real_model

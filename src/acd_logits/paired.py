@@ -20,7 +20,7 @@ Where the soft prompts sit. With W = max(n_s, n_a), the prompts occupy W slots, 
 Merged is exact for every architecture: nothing stands between the soft prompt and x, so sliding windows, ALiBi
 distances and recurrent states come out as if the row were alone. Reused skips computing the soft prompts, which is
 most of the prefill, and is exact where a masked slot in between changes nothing: full attention over standard masks,
-with positions given by `position_ids`. `PairedStreams.reusable` decides.
+with positions given by `position_ids`. `reuses_prefix` decides.
 
 In both layouts the visible token j has slot W + j, and a row's soft prompt ends where its first real token begins
 (merged) or at slot W (reused). `PairedCache._shift` is that one difference: how far the soft prompt moves to the right
@@ -63,14 +63,8 @@ class PairedStreams:
         self.lengths = (len(safeguarding), len(adversarial))
         self.width = max(self.lengths)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        self.num_layers = len(layers)
-        self.reusable = (
-            self.takes_positions
-            and all(type(layer) is DynamicLayer for layer in layers)
-            # Models off transformers' standard masks may measure distances in slots
-            and bool(getattr(model, "_supports_attention_backend", False))
-        )
+        self.num_layers = len(_cache_layers(model))
+        self.reusable = reuses_prefix(model)
         self._lock = threading.Lock()
         self._stored: tuple[object, list[KeyValues]] | None = None
 
@@ -490,12 +484,26 @@ def forward_hook(
     return kwargs.cache.split(output, kwargs) if isinstance(kwargs, _PairedCall) else None
 
 
+def reuses_prefix(model: PreTrainedModel) -> bool:
+    """Whether keys and values of a prefix can be computed once and stand in front of any row, padding in between."""
+    return (
+        "position_ids" in inspect.signature(model.forward).parameters
+        and all(type(layer) is DynamicLayer for layer in _cache_layers(model))
+        # Models off transformers' standard masks may measure distances in slots
+        and bool(getattr(model, "_supports_attention_backend", False))
+    )
+
+
 def roomier(cache: Cache, width: int, config: Any) -> Cache:
     """The cache to use inside for one `generate` made: a static one gets `width` more slots."""
     lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
     if not isinstance(cache, StaticCache) or not lengths:
         return cache
     return StaticCache(config=config, max_cache_len=max(lengths) + width, offloading=cache.offloading)
+
+
+def _cache_layers(model: PreTrainedModel) -> list[Any]:
+    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
 
 def _check_pairable(call: dict[str, Any]) -> None:

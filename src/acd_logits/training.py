@@ -34,12 +34,14 @@ import torch
 from peft import PeftModelForCausalLM, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.cache_utils import DynamicCache
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from . import __version__
 from .anchors import SPLITS, load_anchor_data, split_held_out
 from .demo_model import DEMO_MODEL, DEMO_MODEL_ID, resolve_model_name
+from .paired import reuses_prefix
 from .prompt_pair import STREAMS, PromptPair, base_model
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, place_soft_prompt, system_prompt_ids
 
@@ -55,7 +57,7 @@ TERMS = ("L_p", "L_n", "L_r")
 SETTINGS_NAME = "training_settings.json"
 LOG_NAME = "log_history.json"  # written last: a run that has it is finished
 
-Example = dict[str, Any]  # of one pair: `prompt` and `response`, token ids, and `split`, an index into SPLITS
+Example = dict[str, Any]  # of one pair: `input_ids` of the prompt, `response` tokens, `split` as an index into SPLITS
 Batch = dict[str, torch.Tensor]
 
 
@@ -208,7 +210,7 @@ def encode_anchors(
         prompt, response = encode_pair(
             tokenizer, row["instruction"], row["response"], chat=chat, finished=row["finished"]
         )
-        return {"prompt": prompt, "response": response[:max_response_tokens], "split": SPLITS.index(row["split"])}
+        return {"input_ids": prompt, "response": response[:max_response_tokens], "split": SPLITS.index(row["split"])}
 
     return [encode(row) for row in rows]
 
@@ -220,12 +222,12 @@ def collate(examples: Sequence[Example]) -> Batch:
         `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, R]`, the response tokens, which end every row;
         `splits` `[B]`.
     """
-    prompt_length, response_length = (max(len(e[part]) for e in examples) for part in ("prompt", "response"))
+    prompt_length, response_length = (max(len(e[part]) for e in examples) for part in ("input_ids", "response"))
     ids, labels, mask = [], [], []
     for example in examples:
-        left = [0] * (prompt_length - len(example["prompt"]))
+        left = [0] * (prompt_length - len(example["input_ids"]))
         right = [0] * (response_length - len(example["response"]))
-        ids.append([*left, *example["prompt"], *example["response"], *right])
+        ids.append([*left, *example["input_ids"], *example["response"], *right])
         mask.append([*left, *[1] * (len(ids[-1]) - len(left) - len(right)), *right])
         labels.append([*example["response"], *[IGNORED] * len(right)])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "splits": [e["split"] for e in examples]}
@@ -274,8 +276,10 @@ class OPOModel(PeftModelForCausalLM):
             prompted: `False` leaves the soft prompt out.
         """
         model = self.get_base_model()
-        x = model.get_input_embeddings()(input_ids)
         soft = self.soft_prompt if prompted else self.soft_prompt[:0]
+        if self.shares_prefix():
+            return _forward_behind_prefix(model, soft, input_ids, attention_mask, response_length)
+        x = model.get_input_embeddings()(input_ids)
         embeds, mask, positions = place_soft_prompt(soft, x, attention_mask)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
         optional = {"position_ids": positions, "logits_to_keep": response_length + 1}
@@ -284,19 +288,69 @@ class OPOModel(PeftModelForCausalLM):
         # The logits at a token predict the next one
         return model(**inputs).logits[:, -response_length - 1 : -1]
 
+    def shares_prefix(self) -> bool:
+        """Whether the rows' common prefix is computed once; gradient checkpointing keeps no keys and values."""
+        model = self.get_base_model()
+        return reuses_prefix(model) and not _checkpoints_gradients(model)
+
     def train(self, mode: bool = True) -> OPOModel:
         """Switch to training; the base model stays in eval mode, since dropout is for weights that learn."""
         super().train(mode)
         # Except that gradient checkpointing works in train mode only, and that bitsandbytes, on a CPU, repacks the
         # weights of a model in eval mode into a form that has no gradient
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
-        self.base_model.train((mode and checkpointing) or getattr(self.base_model, "is_quantized", False))
+        checkpointing = mode and _checkpoints_gradients(self.base_model)
+        self.base_model.train(checkpointing or getattr(self.base_model, "is_quantized", False))
         return self
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the soft prompt as a stock peft adapter."""
         # "auto" would ask the Hub, at every checkpoint, whether the vocabulary was resized
         super().save_pretrained(save_directory, **{"save_embedding_layers": False, **kwargs})
+
+
+def _checkpoints_gradients(model: torch.nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _forward_behind_prefix(
+    model: PreTrainedModel, soft: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, response_length: int
+) -> torch.Tensor:
+    """The logits of `OPOModel.forward`, with what all rows begin with computed once for all of them.
+
+    A row's soft prompt and the start of its chat template see nothing of what follows, so their keys and values, and
+    the gradients through them, are the same for every row: `[prefix | pad | rest of x | response | pad]`.
+    """
+    x = model.get_input_embeddings()(ids)
+    pads = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    shared = _common_prefix(ids, mask, response_length)
+    prefix = torch.cat([soft.to(x), x[0, pads[0, 0] : pads[0, 0] + shared]])
+    # The row's padding, moved behind the prefix, hides what is left of the prefix's tokens
+    columns = torch.arange(mask.shape[1] - shared, device=mask.device)
+    mask = mask[:, shared:] * (columns >= pads)
+    cache = None
+    if len(prefix):
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        model(inputs_embeds=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ids))
+    logits = model(
+        inputs_embeds=x[:, shared:],
+        attention_mask=torch.cat([mask.new_ones(len(ids), len(prefix)), mask], dim=1),
+        position_ids=len(prefix) + (mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=response_length + 1,
+    ).logits
+    return logits[:, -response_length - 1 : -1]
+
+
+def _common_prefix(ids: torch.Tensor, mask: torch.Tensor, response_length: int) -> int:
+    """How many tokens all prompts begin with; the last token of a prompt, which predicts the response, is not one."""
+    prompts = [
+        row[kept.bool()] for row, kept in zip(ids[:, :-response_length], mask[:, :-response_length], strict=True)
+    ]
+    longest = min(map(len, prompts)) - 1
+    same = torch.stack([prompt[:longest] == prompts[0][:longest] for prompt in prompts]).all(0)
+    return int(same.long().cumprod(0).sum())
 
 
 def opo_loss(
@@ -597,6 +651,7 @@ def training_settings(
     ours = ("dtype", "num_virtual_tokens", "max_response_tokens", "held_out_fraction")
     weights = ("lp_weight", "ln_weight", "lr_weight", "retain", "adversarial_epochs")
     run = ("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+    order = ("seed", "data_seed", "train_sampling_strategy")
     kept = ("load_best_model_at_end", "metric_for_best_model")
     # Not of the prompts, since some chat templates write the date into them
     responses = json.dumps([[e["response"], e["split"]] for e in [*pairs.train, *pairs.held_out]])
@@ -605,7 +660,7 @@ def training_settings(
         "chat": uses_chat(options, tokenizer),
         **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),
         **{name: getattr(options, name) for name in (*ours, *weights)},
-        **{name: getattr(args, name) for name in (*run, "seed", "bf16", "fp16", *kept)},
+        **{name: getattr(args, name) for name in (*run, *order, "bf16", "fp16", *kept)},
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "optim": str(getattr(args.optim, "value", args.optim)),
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -702,7 +757,7 @@ def _check_splits(pairs: AnchorTokens) -> None:
 
 def _check_context(config: PretrainedConfig, pairs: AnchorTokens, num_virtual_tokens: int) -> None:
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(len(e["prompt"]) + len(e["response"]) for e in [*pairs.train, *pairs.held_out])
+    longest = max(len(e["input_ids"]) + len(e["response"]) for e in [*pairs.train, *pairs.held_out])
     if limit is not None and num_virtual_tokens + longest > limit:
         raise ValueError(
             f"{num_virtual_tokens} virtual tokens and the longest pair's {longest} do not fit into the model's "
