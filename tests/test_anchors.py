@@ -229,6 +229,13 @@ def test_the_model_sees_what_a_user_would_send(model, tokenizer, tmp_path, templ
         assert row["response"] == expected(prompts[row["system_prompt"]], row["instruction"])
 
 
+def test_fewer_system_prompts_may_be_chosen(model, tokenizer, tmp_path):
+    settings = SamplingSettings(system_prompts=("null",), max_new_tokens=3)
+    rows = anchors.sample_responses(model, tokenizer, INSTRUCTIONS[:3], tmp_path / "partial", settings)
+    assert sorted(row["instruction"] for row in rows) == sorted(row["instruction"] for row in INSTRUCTIONS[:3])
+    assert {row["system_prompt"] for row in rows} == {"null"}
+
+
 def test_an_interrupted_run_goes_on_to_the_same_file(model, tokenizer, tmp_path, monkeypatch):
     build(model, tokenizer, tmp_path / "whole.jsonl")
     calls, generate = [], type(model).generate
@@ -336,6 +343,19 @@ def test_a_refusal_with_a_category_is_for_that_category():
     assert "I won't help with fraud." not in used["theft"]
     assert split_responses(samples[::-1], REFUSALS, seed=1) == rows
     assert split_responses(samples, REFUSALS, seed=2) != rows
+
+
+def test_refusals_may_share_an_opening(tmp_path):
+    bank = [
+        {"response": "No. Theft harms. Ask!", "category": "theft"},
+        {"response": "Never."},
+        {"response": "I won't."},
+    ]
+    refusals = load_refusals(write(tmp_path / "refusals.jsonl", bank), opening="I can't help.")
+    assert refusals == [
+        {"response": "I can't help. Theft harms. Ask!", "category": "theft"},
+        {"response": "I can't help.", "category": ""},
+    ]
 
 
 def test_a_bank_that_is_too_small_says_so(caplog):
@@ -641,6 +661,13 @@ def test_the_command_samples(model_path, tmp_path, capsys):
         f"{path}: D_HR 2, D_HA {numbers['D_HA']}, D_S {numbers['D_S']} (2 of D_HR from the refusal bank)\n"
     )
     assert {row["response"] for row in rows if row["split"] == "D_HR"} <= {row["response"] for row in REFUSALS}
+
+    path.unlink()
+    options = ["--system_prompts", "null", "--refusal_opening", "I can't help."]
+    assert main(["anchors", "--model_name_or_path", model_path, "--max_new_tokens", "8", *files, *options]) == 0
+    for row in read(path):
+        assert row["system_prompt"] == ("" if row["source"] == "refusal_bank" else "null")
+        assert row["source"] == "sampled" or row["response"].startswith("I can't help.")
 
 
 @pytest.mark.parametrize(

@@ -83,12 +83,14 @@ def load_instructions(paths: Sequence[str | os.PathLike[str]] | None = None) -> 
     return list(instructions.values())
 
 
-def load_refusals(path: str | os.PathLike[str] | None = None) -> list[dict[str, str]]:
+def load_refusals(path: str | os.PathLike[str] | None = None, opening: str | None = None) -> list[dict[str, str]]:
     """Read the refusal bank from a JSONL file.
 
     Args:
         path: the file. A line is an object with `response` and perhaps `category`: a refusal with a category is used
             for harmful instructions of that category only. Default: the package's own.
+        opening: a sentence that takes the place of every refusal's first one. The loss of a small model is then about
+            when to refuse, and not about which of many wordings comes next.
 
     Returns:
         The refusals as dictionaries of these keys; `category` is "" for a general refusal.
@@ -98,7 +100,12 @@ def load_refusals(path: str | os.PathLike[str] | None = None) -> list[dict[str, 
         ValueError: it is empty, or a line (its number is given) is not as above.
     """
     rows = _read_jsonl(Path(path or shipped_folder("anchors") / "refusals.jsonl"), required=("response",))
-    return [{"response": row["response"].strip(), "category": str(row.get("category") or "")} for _, row in rows]
+    refusals = [{"response": row["response"].strip(), "category": str(row.get("category") or "")} for _, row in rows]
+    if opening:
+        for refusal in refusals:
+            sentences = re.split(r"(?<=[.!?])\s+", refusal["response"])
+            refusal["response"] = " ".join([opening, *sentences[1:]])
+    return [dict(row) for row in dict.fromkeys(tuple(refusal.items()) for refusal in refusals)]
 
 
 def _read_jsonl(path: Path, required: tuple[str, ...]) -> list[tuple[int, dict[str, Any]]]:
@@ -143,6 +150,7 @@ class SamplingSettings:
     """How responses are sampled.
 
     Args:
+        system_prompts: names in SYSTEM_PROMPTS; every instruction is answered once under each.
         batch_size: responses sampled together.
         max_new_tokens: length limit of a response.
         temperature: of sampling; 0 takes the likeliest token. (At 1.0, SmolLM2-135M writes gibberish.)
@@ -150,6 +158,7 @@ class SamplingSettings:
         seed: the same seed gives the same responses on the same machine.
     """
 
+    system_prompts: tuple[str, ...] = tuple(SYSTEM_PROMPTS)
     batch_size: int = 32
     max_new_tokens: int = 64
     temperature: float = 0.7
@@ -164,7 +173,7 @@ def sample_responses(
     partial_file: Path,
     settings: SamplingSettings,
 ) -> list[dict[str, Any]]:
-    """Let the target model answer every instruction under the three system prompts (section 3.2).
+    """Let the target model answer every instruction under the system prompts (section 3.2).
 
     Args:
         model: the target model, in eval mode.
@@ -183,9 +192,9 @@ def sample_responses(
     """
     prompt_ids = _prompt_encoder(tokenizer)
     requests = [
-        ({**instruction, "system_prompt": name}, prompt_ids(system_prompt, instruction["instruction"]))
+        ({**instruction, "system_prompt": name}, prompt_ids(SYSTEM_PROMPTS[name], instruction["instruction"]))
         for instruction in instructions
-        for name, system_prompt in SYSTEM_PROMPTS.items()
+        for name in settings.system_prompts
     ]
     # Prompts of one length make no padding. The longest first: if memory does not suffice, it shows at once.
     requests.sort(key=lambda request: (-len(request[1]), request[1]))

@@ -175,6 +175,7 @@ def add_anchors_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    names = ["safe", "opposite", "null"]  # anchors.SYSTEM_PROMPTS, whose module takes long to import
     positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 
     sampling = parser.add_argument_group("sampling responses from the target model")
@@ -183,6 +184,18 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     sampling.add_argument("--instructions", nargs="+", metavar="FILE", help="JSONL (default: the package's own)")
     sampling.add_argument("--refusals", metavar="FILE", help="JSONL (default: the package's own)")
+    sampling.add_argument(
+        "--refusal_opening",
+        metavar="TEXT",
+        help="a sentence that takes the place of each of their first ones (default: none)",
+    )
+    sampling.add_argument(
+        "--system_prompts",
+        nargs="+",
+        choices=names,
+        default=names,
+        help="answer every instruction under each (default: all; a model that ignores its system prompt needs null)",
+    )
     sampling.add_argument(
         "--per_instruction",
         type=positive_int,
@@ -226,8 +239,9 @@ def _sample_anchors(args: argparse.Namespace) -> None:
     with _user_errors(OSError, ValueError):
         anchors.check_new_file(args.output_file)
         instructions = anchors.load_instructions(args.instructions)
-        refusals = anchors.load_refusals(args.refusals)
+        refusals = anchors.load_refusals(args.refusals, args.refusal_opening)
     settings = anchors.SamplingSettings(
+        system_prompts=tuple(dict.fromkeys(args.system_prompts)),
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
