@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 
+import datasets
 import pytest
 
 from acd_logits.evaluation import benchmarks
@@ -117,7 +118,6 @@ def test_unknown_names():
 
 
 def test_a_hub_dataset_out_of_reach():
-    pytest.importorskip("datasets")
     with pytest.raises(OSError, match=r"org/absent is not a file here and could not be loaded from the Hub"):
         load_benchmark("org/absent", label="harmful")
     with pytest.raises(OSError, match=r"alpaca_eval\.json is not a file here and could not be loaded from the Hub"):
@@ -125,7 +125,6 @@ def test_a_hub_dataset_out_of_reach():
 
 
 def test_a_hub_dataset(monkeypatch):
-    datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(*arguments, **kwargs):
