@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -26,12 +27,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .demo_model import DEMO_MODEL, resolve_model_name
+from .evaluation.arms import ARMS
+from .evaluation.benchmarks import KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from .evaluation.benchmarks import Label
+    from .evaluation.judges import Judge
+    from .evaluation.results import Cell, ResultsFolder
     from .logits_process import ACDLogitsProcessor
     from .prompt_pair import PromptPair
 
@@ -70,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         ("generate", "answer prompts plainly and safeguarded, side by side", add_generate_arguments),
         ("chat", "talk with the safeguarded model", add_chat_arguments),
         ("anchors", "make the data that a prompt pair is trained on", add_anchors_arguments),
+        ("evaluate", "measure harmless rate, over-refusal and fluency", add_evaluate_arguments),
         ("push", "upload a prompt pair to the Hugging Face Hub", add_push_arguments),
     ):
         add_arguments(commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + "."))
@@ -340,6 +347,189 @@ def _report_pair(pair: PromptPair, arguments: TrainingArguments) -> None:
         with _user_errors(OSError, ValueError):
             revision, token = arguments.hub_revision, arguments.hub_token
             _show(f"{pair.push_to_hub(arguments.hub_model_id, revision=revision, token=token).commit_url}\n")
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `acd-logits evaluate`."""
+    positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
+    strength = _checked(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+    share = _checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="of the results; grows")
+    parser.add_argument("--report_only", action="store_true", help="make the report of a folder again")
+    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="older results: show what changed since then")
+
+    model = parser.add_argument_group("model and prompt pair")
+    model.add_argument("--model_name_or_path", default=DEMO_MODEL, help="folder or Hub id (default: %(default)s)")
+    model.add_argument("--pair", help="folder or Hub id of a learned prompt pair, for the arms that need one")
+    model.add_argument("--revision", help="branch, tag or commit of the pair on the Hub")
+    model.add_argument("--transfer", action="store_true", help="measure a pair of another model of this hidden size")
+    model.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one)")
+    model.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+
+    cells = parser.add_argument_group("what is compared")
+    cells.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help=f"some of {', '.join(ARMS)} (default: base oid, and with a pair sp ap acd)",
+    )
+    cells.add_argument("--alphas", nargs="+", type=strength, help="strengths of the contrasts (default: the pair's)")
+    cells.add_argument("--betas", nargs="+", type=share, help="plausibility thresholds (default: the pair's)")
+    cells.add_argument(
+        "--benchmarks",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"some of {', '.join(KNOWN)}; NAME=FILE takes a local copy (default: starter)",
+    )
+    for label, wanted in (("harmful", "should refuse"), ("safe", "should answer")):
+        cells.add_argument(
+            f"--{label}",
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help=f"requests of your own that a model {wanted}: FILE or Hub id, with :COLUMN if need be",
+        )
+    cells.add_argument("--limit", type=positive_int, help="draw this many requests of each kind from a benchmark")
+    cells.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    cells.add_argument(
+        "--max_new_tokens", type=positive_int, default=128, help="length of a response (default: %(default)s)"
+    )
+    cells.add_argument("--batch_size", type=positive_int, default=16, help="(default: %(default)s)")
+
+    judge = parser.add_argument_group("who judges whether a response to a harmful request is harmless")
+    judge.add_argument(
+        "--judge",
+        default="keywords",
+        help="keywords, classifier:ID of a Hugging Face classifier or guard, or llm:NAME of an Inspect model such as "
+        "llm:openai/gpt-4o (default: %(default)s)",
+    )
+    judge.add_argument("--judge_url", help="address of an OpenAI-compatible server, for llm:")
+    judge.add_argument("--harmless_label", help="the label that means harmless, for classifier:")
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Run the cells that the folder lacks, and write its report; with --compare, also what changed."""
+    from .evaluation import plots, report
+    from .evaluation.results import ResultsFolder, write_text
+
+    with _user_errors(ImportError, OSError, ValueError):
+        plots.require_matplotlib()
+        older = ResultsFolder(args.compare) if args.compare else None
+        results = ResultsFolder(args.output_dir) if args.report_only else None
+    results = results or _evaluate(args)
+    with _user_errors(OSError, ValueError):
+        _show(f"{report.write_report(results)}\n")
+        if older is not None:
+            write_text(results.path / report.COMPARISON_NAME, report.render_comparison(results, older))
+            _show(f"{results.path / report.COMPARISON_NAME}\n")
+
+
+def _evaluate(args: argparse.Namespace) -> ResultsFolder:
+    """Check everything that can be checked, then load the model and run the cells."""
+    from .evaluation import arms, benchmarks, comparison
+    from .evaluation.results import ResultsFolder
+    from .prompt_pair import PromptPair
+
+    _check_evaluation(args)
+    names = args.arms or ["base", "oid", *(["sp", "ap", "acd"] if args.pair else [])]
+    with _user_errors(ImportError, OSError, RuntimeError, ValueError):
+        arms.check_arms(names, has_pair=bool(args.pair))
+        requests = [
+            benchmarks.load_benchmark(spec, label, args.limit, args.seed) for spec, label in _benchmark_specs(args)
+        ]
+        pair = PromptPair.from_pretrained(args.pair, revision=args.revision) if args.pair else None
+        settings = _evaluation_settings(args, pair)
+        results = ResultsFolder(args.output_dir, settings)
+        results.register(requests)
+        judge = _make_judge(args)
+    model, tokenizer = _load_model(args)
+    alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
+    cells = comparison.plan_cells(
+        [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
+    )
+    try:
+        results.start(comparison.run_facts(_command_line(), str(model.device)))
+        comparison.run_comparison(
+            model.eval(),
+            tokenizer,
+            results,
+            requests,
+            cells,
+            judge,
+            pair,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            on_cell=_note_cell,
+        )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{error} (what is finished is kept: the same command goes on from there)") from error
+    return results
+
+
+def _benchmark_specs(args: argparse.Namespace) -> list[tuple[str, Label | None]]:
+    specs: list[tuple[str, Label | None]] = [(spec, None) for spec in args.benchmarks]
+    specs += [(spec, "harmful") for spec in args.harmful]
+    specs += [(spec, "safe") for spec in args.safe]
+    return specs or [("starter", None)]
+
+
+def _check_evaluation(args: argparse.Namespace) -> None:
+    for name in ("revision", "transfer"):
+        if getattr(args, name) and not args.pair:
+            raise CommandError(f"--{name} is about the pair and needs --pair")
+    if args.judge_url and not args.judge.startswith("llm:"):
+        raise CommandError("--judge_url needs --judge llm:NAME")
+    if args.harmless_label and not args.judge.startswith("classifier:"):
+        raise CommandError("--harmless_label needs --judge classifier:ID")
+
+
+def _evaluation_settings(args: argparse.Namespace, pair: PromptPair | None) -> dict[str, Any]:
+    """What results depend on, apart from the cell; checks the pair against the model on the way."""
+    from transformers import AutoConfig
+
+    from .evaluation import comparison
+
+    path = resolve_model_name(args.model_name_or_path)
+    config = AutoConfig.from_pretrained(path)
+    foreign = comparison.check_pair(pair, config, path, args.transfer) if pair else False
+    return {
+        "model": args.model_name_or_path,
+        "model_revision": getattr(config, "_commit_hash", None),
+        "dtype": args.dtype,
+        "pair": args.pair,
+        "pair_digest": comparison.pair_digest(pair) if pair else None,
+        "transfer": foreign,
+        "judge": args.judge,
+        "harmless_label": args.harmless_label,
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+    }
+
+
+def _make_judge(args: argparse.Namespace) -> Judge:
+    from .evaluation import judges
+
+    kind, _, name = args.judge.partition(":")
+    if args.judge == "keywords":
+        return judges.KeywordJudge()
+    if kind == "classifier" and name:
+        return judges.ClassifierJudge(name, args.harmless_label, args.batch_size, args.device)
+    if kind == "llm" and name:
+        return judges.LLMJudge(name, args.judge_url)
+    raise ValueError(f"there is no judge {args.judge!r}: choose keywords, classifier:ID or llm:NAME")
+
+
+def _note_cell(cell: Cell) -> None:
+    if not sys.stderr.isatty():  # where there is no progress bar
+        strength = "" if cell.alpha is None else f" alpha {cell.alpha:g} beta {cell.beta:g}"
+        _note(f"Finished {cell.arm}{strength} on {cell.benchmark}")
+
+
+def _command_line() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:

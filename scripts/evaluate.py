@@ -1,0 +1,42 @@
+r"""Measure what a prompt pair does: harmless rate, over-refusal and fluency, arm by arm as in the paper's tables.
+
+The demo model (SmolLM2-135M-Instruct) with the manual prompts, on the package's own 50 harmful requests and their 50
+near misses, then with a learned pair:
+
+    python scripts/evaluate.py --output_dir results
+    python scripts/evaluate.py --output_dir results-pair --pair my-pair --arms base oid sp ap acd
+
+Known benchmarks, local copies of them, and requests of your own; another judge; the sweep over alpha:
+
+    python scripts/evaluate.py --output_dir results --model_name_or_path org/model --pair org/pair --dtype bfloat16 \
+        --benchmarks advbench=advbench.txt xstest alpaca_eval --limit 100 --harmful own.csv:question
+    python scripts/evaluate.py --output_dir results --model_name_or_path org/model --pair org/pair --dtype bfloat16 \
+        --benchmarks advbench=advbench.txt --limit 100 --arms acd --alphas 0 0.2 0.4 0.5 0.6 0.8 1 --betas 0.1 0
+    python scripts/evaluate.py --output_dir judged --judge llm:openai-api/local/name --judge_url http://localhost:8000/v1
+
+A folder grows: arms, strengths and benchmarks are added to what it holds, and a run that was stopped goes on when the
+same command is given again. Its report again, or what changed since an older run:
+
+    python scripts/evaluate.py --output_dir results --report_only --compare older-results
+
+results.jsonl holds the model's responses to harmful requests: keep it to yourself. The report quotes none.
+`acd-logits evaluate` is the same command, installed.
+"""
+
+import argparse
+import sys
+
+from acd_logits.cli import CommandParser, add_evaluate_arguments, run_command
+
+
+def main() -> int:
+    """Parse, evaluate, print; return the exit code."""
+    parser = CommandParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_evaluate_arguments(parser)
+    return run_command(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

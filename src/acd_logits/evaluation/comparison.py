@@ -1,0 +1,204 @@
+"""The comparison: arms x benchmarks x strengths, with one loaded model, into a results folder.
+
+It does not go through Inspect, whose batches depend on timing: here the same requests always share a batch, so that a
+run that was killed and started again ends with the same results as one that was not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arms import ARMS, arm_processor
+from .fluency import broken_words, has_loop, response_loss, word_check
+from .refusal import is_refusal
+from .responses import encode_messages, generate_responses
+from .results import Cell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..prompt_pair import PromptPair
+    from .benchmarks import Benchmark
+    from .judges import Judge, Verdict
+    from .responses import Response
+    from .results import ResultsFolder
+
+_PACKAGES = ("acd-logits", "torch", "transformers", "peft", "inspect_ai")
+
+
+def plan_cells(
+    benchmarks: Sequence[str], arms: Sequence[str], alphas: Sequence[float], betas: Sequence[float]
+) -> list[Cell]:
+    """Every combination, each once; an arm of one stream has no strength."""
+    cells = [
+        Cell(benchmark, arm, alpha, beta)
+        for benchmark in benchmarks
+        for arm in arms
+        for alpha in (alphas if ARMS[arm].negative is not None else [None])
+        for beta in (betas if ARMS[arm].negative is not None else [None])
+    ]
+    return list(dict.fromkeys(cells))
+
+
+def check_pair(pair: PromptPair, config: PretrainedConfig, name: str, transfer: bool) -> bool:
+    """Check a pair against a model that is not loaded yet.
+
+    Args:
+        pair: the pair.
+        config: the model's.
+        name: the model's name.
+        transfer: whether a pair of another model is wanted.
+
+    Returns:
+        Whether the pair was made for another model.
+
+    Raises:
+        ValueError: the hidden sizes differ, or it was made for another model and `transfer` is not set.
+    """
+    config = config.get_text_config(decoder=True)
+    size = pair.safeguarding.shape[1]
+    if size != config.hidden_size:
+        raise ValueError(f"the pair was made for hidden size {size}, {name} has {config.hidden_size}")
+    ours = pair.config.base_model_name_or_path
+    foreign = bool(ours) and Path(str(ours)).name.lower() != Path(name).name.lower()
+    foreign = foreign or pair.config.vocab_size not in (None, config.vocab_size)
+    if foreign and not transfer:
+        raise ValueError(
+            f"the pair was made for {ours or 'another model'}, not for {name}: --transfer measures it there"
+        )
+    return foreign
+
+
+def pair_digest(pair: PromptPair) -> str:
+    """Tells whether two runs had the same pair, wherever it lies."""
+    prompts = (pair.safeguarding, pair.adversarial)
+    return hashlib.sha256(b"".join(p.float().contiguous().numpy().tobytes() for p in prompts)).hexdigest()[:16]
+
+
+def run_facts(command: str, device: str) -> dict[str, Any]:
+    """When, how and with what a run was made."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "device": device,
+        "versions": versions,
+    }
+
+
+def run_comparison(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    results: ResultsFolder,
+    benchmarks: Sequence[Benchmark],
+    cells: Sequence[Cell],
+    judge: Judge,
+    pair: PromptPair | None = None,
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    on_cell: Callable[[Cell], None] = lambda _: None,
+) -> None:
+    """Run the cells that are not in the folder yet.
+
+    Args:
+        model: the model, in eval mode.
+        tokenizer: its tokenizer.
+        results: the folder, started.
+        benchmarks: the requests.
+        cells: what to run, as of [`plan_cells`].
+        judge: gives the verdicts on harmful requests.
+        pair: the learned pair, for the arms that need one.
+        max_new_tokens: length limit of a response.
+        batch_size: requests answered together.
+        on_cell: is told each cell that is finished.
+
+    Raises:
+        OSError: the folder cannot be written, or the judge does not answer. Finished cells are in the folder.
+        ValueError: a request does not fit into the model's context.
+    """
+    from transformers.utils import logging
+
+    named = {benchmark.name: benchmark for benchmark in benchmarks}
+    missing = [cell for cell in cells if not results.is_finished(cell)]
+    sizes = {name: len(benchmark.requests) for name, benchmark in named.items()}
+    total, left = (sum(sizes[cell.benchmark] for cell in some) for some in (cells, missing))
+    is_word = word_check(tokenizer)
+    with logging.tqdm(desc="Evaluating", total=total, initial=total - left, unit="response") as progress:
+        for cell in missing:
+            requests = named[cell.benchmark].requests
+            conversations = [[{"role": "user", "content": request.text}] for request in requests]
+            responses = _respond(
+                model, tokenizer, pair, cell, conversations, max_new_tokens, batch_size, progress.update
+            )
+            judged = _judge_harmful(judge, named[cell.benchmark], responses)
+            rows = []
+            for request, messages, response in zip(requests, conversations, responses, strict=True):
+                loss, loss_tokens = response_loss(
+                    model, tokenizer, encode_messages(tokenizer, messages), response.text
+                )
+                broken, words = broken_words(response.text, is_word)
+                rows.append(
+                    {
+                        "label": request.label,
+                        "request": request.text,
+                        "response": response.text,
+                        "refused": is_refusal(response.text),
+                        "verdict": next(judged) if request.label == "harmful" else None,
+                        "tokens": response.tokens,
+                        "finished": response.finished,
+                        "loss": loss,
+                        "loss_tokens": loss_tokens,
+                        "words": words,
+                        "broken_words": broken,
+                        "loop": has_loop(response.text),
+                    }
+                )
+            results.add(cell, rows)
+            on_cell(cell)
+
+
+def _respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pair: PromptPair | None,
+    cell: Cell,
+    conversations: Sequence[list[dict[str, str]]],
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], Any],
+) -> list[Response]:
+    arm = ARMS[cell.arm]
+    prompts = [
+        encode_messages(tokenizer, arm.transform(messages) if arm.transform else messages)
+        for messages in conversations
+    ]
+    processor = arm_processor(arm, model, tokenizer, pair, alpha=cell.alpha, beta=cell.beta)
+    return generate_responses(
+        model,
+        tokenizer,
+        prompts,
+        processor,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+
+
+def _judge_harmful(judge: Judge, benchmark: Benchmark, responses: Sequence[Response]) -> Iterator[Verdict]:
+    """The verdicts on the responses to harmful requests, in their order."""
+    pairs = zip(benchmark.requests, responses, strict=True)
+    harmful = [(request.text, response.text) for request, response in pairs if request.label == "harmful"]
+    return iter(judge.judge([request for request, _ in harmful], [response for _, response in harmful]))

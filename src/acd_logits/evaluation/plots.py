@@ -1,0 +1,172 @@
+"""The plots of a report, after figures 4 and 5 of the paper."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .arms import ARMS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#2b6ca3", "#d1711f", "#888888"
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError, which names the cure, unless matplotlib is installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('the plots need matplotlib: pip install "acd-logits[eval]"')
+
+
+def write_plots(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """Draw what the summary has numbers for.
+
+    Args:
+        summary: of `summarise`.
+        folder: where the PNG files go.
+
+    Returns:
+        File name and caption of each plot.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    drawn = []
+    for name, caption, draw in (
+        (
+            "harmless_by_arm.png",
+            "Harmless rate by arm: means over benchmarks of the rates and their 95 % intervals",
+            _draw_arms,
+        ),
+        ("alpha.png", "Harmless rate and over-refusal over alpha", _draw_sweep),
+        ("frontier.png", "Safety against over-refusal", _draw_frontier),
+    ):
+        figure = draw(summary)
+        if figure is not None:
+            temporary = folder / f".{name}.tmp"
+            figure.savefig(temporary, format="png", dpi=150)
+            temporary.replace(folder / name)
+            drawn.append((name, caption))
+    return drawn
+
+
+def arm_means(summary: dict[str, Any], kind: str) -> dict[str, tuple[float, float, float]]:
+    """Of each arm at the main strength: the mean of a rate over benchmarks, and of its interval's ends.
+
+    Means over different benchmarks cannot be compared: arms that were run on fewer than others are left out.
+    """
+    main = summary["main"]
+    rates = {
+        arm: [
+            (cell[kind]["rate"], *cell[kind]["interval"])
+            for cell in summary["cells"]
+            if cell["arm"] == arm
+            and cell[kind]["n"]
+            and (cell["alpha"] is None or (cell["alpha"], cell["beta"]) == (main["alpha"], main["beta"]))
+        ]
+        for arm in ARMS
+    }
+    most = max(map(len, rates.values()))
+    means = {}
+    for arm, some in rates.items():
+        if some and len(some) == most:
+            rate, low, high = (sum(values) / most for values in zip(*some, strict=True))
+            means[arm] = rate, min(low, rate), max(high, rate)
+    return means
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # without pyplot, which keeps figures and picks a window system
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _draw_arms(summary: dict[str, Any]) -> Figure | None:
+    means = arm_means(summary, "harmless")
+    if not means:
+        return None
+    figure, axes = _figure(1.6 + 0.75 * len(means), 3.8)
+    for place, (arm, (rate, low, high)) in enumerate(means.items()):
+        axes.bar(place, rate, color=ORANGE if arm == "acd" else BLUE, width=0.7)
+        axes.errorbar(place, rate, [[rate - low], [high - rate]], color="black", capsize=3, linewidth=1)
+        axes.annotate(f"{rate:.2f}", (place, high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(range(len(means)), [ARMS[arm].title for arm in means], rotation=35, ha="right")
+    axes.set_ylim(0, 1.1)
+    axes.set_ylabel("harmless rate")
+    return figure
+
+
+def _draw_sweep(summary: dict[str, Any]) -> Figure | None:
+    curves = _curves(summary)
+    if not curves:
+        return None
+    figure, axes = _figure(6.4, 3.8)
+    for (beta, kind), points in curves.items():
+        color = BLUE if kind == "harmless" else ORANGE
+        axes.plot(
+            *zip(*points, strict=True),
+            color=color,
+            marker="o",
+            markersize=4,
+            linestyle="-" if beta else "--",
+            label=f"{'harmless rate' if kind == 'harmless' else 'over-refusal'}, beta {beta:g}",
+        )
+    axes.set_xlabel("alpha")
+    axes.set_ylabel("rate")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+def _curves(summary: dict[str, Any]) -> dict[tuple[float, str], list[tuple[float, float]]]:
+    """ACD's mean rates over alpha, for each beta, over the benchmarks that were run at every alpha of it."""
+    curves = {}
+    cells = [cell for cell in summary["cells"] if cell["arm"] == "acd"]
+    for beta in sorted({cell["beta"] for cell in cells}, reverse=True):
+        for kind in ("harmless", "refused_safe"):
+            measured = {
+                (cell["benchmark"], cell["alpha"]): cell[kind]["rate"]
+                for cell in cells
+                if cell["beta"] == beta and cell[kind]["n"]
+            }
+            counts = {name: sum(b == name for b, _ in measured) for name, _ in measured}
+            swept = [name for name in counts if counts[name] == max(counts.values())]
+            alphas = sorted({alpha for name, alpha in measured if name in swept})
+            points = [
+                (alpha, sum(measured[name, alpha] for name in swept) / len(swept))
+                for alpha in alphas
+                if all((name, alpha) in measured for name in swept)
+            ]
+            if len(points) > 1:
+                curves[beta, kind] = points
+    return curves
+
+
+def _draw_frontier(summary: dict[str, Any]) -> Figure | None:
+    safety, refusal = arm_means(summary, "harmless"), arm_means(summary, "refused_safe")
+    arms = [arm for arm in safety if arm in refusal]
+    if len(arms) < 2:
+        return None
+    figure, axes = _figure(5.6, 4.4)
+    for arm in arms:
+        (y, y_low, y_high), (x, x_low, x_high) = safety[arm], refusal[arm]
+        color = ORANGE if arm == "acd" else BLUE
+        axes.errorbar(
+            x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=GREY, linewidth=0.7, alpha=0.6
+        )
+        axes.plot(x, y, "o", color=color)
+        axes.annotate(ARMS[arm].title, (x, y), (5, 5), textcoords="offset points", fontsize=8, color=color)
+    axes.set_xlabel("over-refusal (lower is better)")
+    axes.set_ylabel("harmless rate (higher is better)")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.08)
+    return figure

@@ -1,0 +1,155 @@
+"""A results folder: what a comparison has measured so far, and the settings it was measured with.
+
+    run.json         settings, benchmarks, and when and with which command and versions the folder was filled
+    results.jsonl    one line per response: where it comes from, its text and what was measured on it
+    summary.json, report.md, *.png    made from these two, see `report.py`
+
+A cell is one arm, at one strength, on one benchmark. Its lines are written together when it is finished; lines of a
+cell that is incomplete, because the run was killed in the middle of writing it, are dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .benchmarks import Benchmark
+
+FORMAT_VERSION = 1
+RUN_NAME, ROWS_NAME = "run.json", "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm, at one strength, on one benchmark. Arms of one stream have neither alpha nor beta."""
+
+    benchmark: str
+    arm: str
+    alpha: float | None = None
+    beta: float | None = None
+
+
+class ResultsFolder:
+    """The folder of a comparison.
+
+    Args:
+        path: the folder.
+        settings: what the results depend on, to start a folder or go on with it; `None` to read one.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+        ValueError: it holds something else, or results of other settings.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.run = self._open(settings)
+        self.rows = self._finished_rows()
+
+    def _open(self, settings: dict[str, Any] | None) -> dict[str, Any]:
+        file = self.path / RUN_NAME
+        if not file.exists():
+            if settings is None:
+                raise OSError(f"{self.path} holds no results: {RUN_NAME} is missing")
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(f"{self.path} holds something other than results: choose another folder")
+            return {"format_version": FORMAT_VERSION, "settings": settings, "benchmarks": {}, "runs": []}
+        try:
+            run = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON ({error})") from None
+        if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{file} was not written by this version of acd-logits: choose another folder")
+        for name, value in (settings or {}).items():
+            if run["settings"].get(name) != value:
+                raise ValueError(
+                    f"{self.path} holds results with {name} {run['settings'].get(name)!r}, not {value!r}: "
+                    "choose another folder"
+                )
+        return run
+
+    def _finished_rows(self) -> list[dict[str, Any]]:
+        file = self.path / ROWS_NAME
+        lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
+        try:
+            rows = [json.loads(line) for line in lines[:-1]]  # the last one was cut off if it is not empty
+            counts = Counter(map(cell_of, rows))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged ({error}): choose another folder") from None
+        finished = [row for row in rows if counts[cell_of(row)] == self._size(cell_of(row).benchmark)]
+        if lines[-1] or len(finished) < len(rows):
+            write_text(file, "".join(map(_line, finished)))
+        return finished
+
+    def _size(self, benchmark: str) -> int | None:
+        return self.run["benchmarks"].get(benchmark, {}).get("n")
+
+    def register(self, benchmarks: Sequence[Benchmark]) -> None:
+        """Note what will be asked.
+
+        Args:
+            benchmarks: the requests.
+
+        Raises:
+            ValueError: two benchmarks share a name, or the folder holds answers to other requests under one.
+        """
+        known = self.run["benchmarks"]
+        names = Counter(benchmark.name for benchmark in benchmarks)
+        for benchmark in benchmarks:
+            if names[benchmark.name] > 1:
+                raise ValueError(f"{benchmark.name} is given twice: name each benchmark once, and files differently")
+            entry = {"title": benchmark.title, "n": len(benchmark.requests), "digest": benchmark.digest}
+            if known.setdefault(benchmark.name, entry) != entry:
+                raise ValueError(
+                    f"{self.path} holds answers to other requests of {benchmark.name}: give the file, --limit and "
+                    "--seed of then, or choose another folder"
+                )
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Write down that a run begins.
+
+        Args:
+            facts: its date, command, versions.
+        """
+        self.run["runs"].append(facts)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / RUN_NAME, json.dumps(self.run, indent=2, ensure_ascii=False) + "\n")
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether the cell's responses are in the folder."""
+        return any(cell_of(row) == cell for row in self.rows)
+
+    def add(self, cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the rows of a finished cell."""
+        complete = [{**cell.__dict__, **row} for row in rows]
+        with (self.path / ROWS_NAME).open("a", encoding="utf-8") as file:
+            file.write("".join(map(_line, complete)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.extend(complete)
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell that a row belongs to."""
+    return Cell(row["benchmark"], row["arm"], row["alpha"], row["beta"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the file in one step: a reader, or a crash, never meets half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,176 @@
+"""Benchmarks: files of every format, local copies of known ones, and what is said of bad ones."""
+
+import json
+import re
+from collections import Counter
+
+import datasets
+import pytest
+
+from acd_logits.evaluation import benchmarks
+from acd_logits.evaluation.benchmarks import KNOWN, Request, load_benchmark
+from acd_logits.prompts import shipped_folder
+
+ROWS = [{"id": 1, "goal": "open the door, please"}, {"id": 2, "goal": 'say "no"'}]
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("own.csv", 'id,goal\n1,"open the door, please"\n2,"say ""no"""\n'),
+        ("own.csv", '\ufeffgoal,id\r\n"open the door, please",1\r\n"say ""no""",2\r\n'),
+        ("own.json", json.dumps(ROWS)),
+        ("own.json", json.dumps([row["goal"] for row in ROWS])),
+        ("own.jsonl", "".join(json.dumps(row) + "\n\n" for row in ROWS)),
+        ("OWN.TXT", 'open the door, please\n\n  \n say "no" \n'),
+    ],
+)
+def test_files_of_every_format(tmp_path, name, content):
+    benchmark = load_benchmark(write(tmp_path, name, content), label="safe")
+
+    assert benchmark.name.lower() == "own"
+    assert benchmark.requests == (Request("open the door, please", "safe"), Request('say "no"', "safe"))
+
+
+def test_a_named_column(tmp_path):
+    path = write(tmp_path, "odd:name.csv", "prompt,aim\na,b\n")
+
+    assert load_benchmark(f"{path}:aim", label="harmful").requests == (Request("b", "harmful"),)
+    assert load_benchmark(path, label="harmful").requests == (Request("a", "harmful"),)
+
+
+def test_a_repeated_request_counts_once(tmp_path):
+    assert len(load_benchmark(write(tmp_path, "own.txt", "a\nb\na\n"), label="safe").requests) == 2
+
+
+def test_a_local_copy_of_a_known_benchmark(tmp_path):
+    path = write(tmp_path, "copy.csv", "type,prompt\nhomonyms,kill a process\ncontrast_homonyms,kill a man\n")
+
+    benchmark = load_benchmark(f"xstest={path}")
+    assert (benchmark.name, benchmark.title) == ("xstest", "XSTest")
+    assert [request.label for request in benchmark.requests] == ["safe", "harmful"]
+    assert load_benchmark(f"advbench={write(tmp_path, 'a.txt', 'one')}").requests == (Request("one", "harmful"),)
+    assert load_benchmark(f"advbench={path}:type").requests[0].text == "homonyms"
+
+
+def test_a_limit_draws_from_each_kind_in_order():
+    requests = [Request(str(i), "harmful" if i % 3 else "safe") for i in range(30)]
+    drawn = benchmarks._draw(requests, 4, seed=1)
+
+    assert Counter(request.label for request in drawn) == {"harmful": 4, "safe": 4}
+    assert drawn == sorted(drawn, key=lambda request: int(request.text))
+    assert drawn == benchmarks._draw(requests, 4, seed=1) != benchmarks._draw(requests, 4, seed=2)
+    assert benchmarks._draw(requests, 100, seed=1) == requests
+
+
+def test_the_digest_is_of_what_is_asked(tmp_path):
+    one, same, other = (
+        load_benchmark(write(tmp_path, name, text), label="safe").digest
+        for name, text in (("a.txt", "x\ny"), ("b.txt", "x\n\ny\n"), ("c.txt", "x\nz"))
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("own.csv", "id,title\n1,a\n", r"own\.csv has none of the columns prompt, .+: name one of id, title"),
+        ("own.csv:wish", "id,title\n1,a\n", r"own\.csv has no column 'wish': name one of id, title as FILE:COLUMN"),
+        ("own.csv", "prompt\n", r"own\.csv holds no request"),
+        ("own.csv", "prompt,id\na,1\n  ,2\n", r"own\.csv, entry 2: the column 'prompt' holds no text"),
+        ("own.json", "", r"own\.json holds no request"),
+        ("own.json", "[", r"own\.json: not valid JSON"),
+        ("own.json", '{"prompt": "a"}', r"own\.json must hold a JSON list"),
+        ("own.json", "[1]", r"own\.json, entry 1: expected an object or a text, not 1"),
+        ("own.jsonl", '{"prompt": "a"}\n{', r"own\.jsonl, line 2: not valid JSON"),
+        ("own.txt", "\n \n", r"own\.txt holds no request"),
+        ("own.xml", "a", r"own\.xml must end in one of \.csv, \.json, \.jsonl, \.txt"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    write(tmp_path, name.split(":")[0], content)
+    with pytest.raises(ValueError, match=message):
+        load_benchmark(str(tmp_path / name), label="safe")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "own.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"own\.txt is not a text file in UTF-8"):
+        load_benchmark(str(tmp_path / "own.txt"), label="safe")
+
+
+def test_an_absent_file(tmp_path):
+    with pytest.raises(OSError, match=r"absent\.csv"):
+        load_benchmark(str(tmp_path / "absent.csv"), label="safe")
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="there is no benchmark 'advbanch': choose from starter, advbench, "):
+        load_benchmark("advbanch")
+    with pytest.raises(ValueError, match="JBB-Behaviors has 2 parts"):
+        load_benchmark("jbb_behaviors=copy.csv")
+
+
+def test_a_hub_dataset_out_of_reach():
+    with pytest.raises(OSError, match=r"org/absent is not a file here and could not be loaded from the Hub"):
+        load_benchmark("org/absent", label="harmful")
+    with pytest.raises(OSError, match=r"alpaca_eval\.json is not a file here and could not be loaded from the Hub"):
+        load_benchmark("alpaca_eval")
+
+
+def test_a_hub_dataset(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **kwargs):
+        asked.append((*arguments, kwargs))
+        return datasets.Dataset.from_list([{"Goal": f"{kwargs['split']} one"}, {"Goal": f"{kwargs['split']} two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    benchmark = load_benchmark("jbb_behaviors")
+    assert asked == [
+        ("JailbreakBench/JBB-Behaviors", "behaviors", {"split": "harmful"}),
+        ("JailbreakBench/JBB-Behaviors", "behaviors", {"split": "benign"}),
+    ]
+    assert [request.label for request in benchmark.requests] == ["harmful", "harmful", "safe", "safe"]
+    assert load_benchmark("org/own:Goal", label="safe").requests[0] == Request("train one", "safe")
+
+
+# The benchmark that is shipped
+
+
+def words(text):
+    return set(re.findall(r"[a-z']+", text.lower()))
+
+
+def test_the_starter_benchmark_is_balanced():
+    benchmark = load_benchmark("starter")
+    assert Counter(request.label for request in benchmark.requests) == {"harmful": 50, "safe": 50}
+    pairs = [
+        [json.loads(line)["category"] for line in (shipped_folder("evaluation") / name).open(encoding="utf-8")]
+        for name in ("harmful.jsonl", "near_miss.jsonl")
+    ]
+    assert pairs[0] == pairs[1], "the safe requests are the harmful ones' near misses, in their order"
+
+
+def test_the_starter_benchmark_is_disjoint_from_the_anchors():
+    seen = [
+        words(json.loads(line)["instruction"])
+        for name in ("harmful", "near_miss", "everyday")
+        for line in (shipped_folder("anchors") / f"{name}.jsonl").open(encoding="utf-8")
+    ]
+    for request in load_benchmark("starter").requests:
+        asked = words(request.text)
+        assert max(len(asked & other) / len(asked | other) for other in seen) < 0.4, request.text
+
+
+def test_every_known_benchmark_names_its_kind():
+    for title, sources in KNOWN.values():
+        assert title
+        for source in sources:
+            assert callable(source.label) or source.label in ("harmful", "safe")
