@@ -219,12 +219,13 @@ def test_the_win_rate_asks_in_both_orders(tmp_path):
         winrate(first, log.location)
 
 
-def test_inspect_finds_them_by_the_entry_point(paths):
+def test_inspect_finds_them_by_the_entry_point(tmp_path):
     code = (
         "from inspect_ai._util.registry import registry_lookup\n"
         "names = {'task': ['harmless', 'overrefusal', 'winrate'], 'modelapi': ['acd'],\n"
         "         'scorer': ['refusal_keywords', 'safety_classifier', 'llm_judge', 'preference']}\n"
         "print([n for kind, ns in names.items() for n in ns if registry_lookup(kind, f'acd_logits/{n}') is None])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Not from the checkout, whose egg-info would stand for the installed package
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout == "[]\n"

@@ -22,6 +22,7 @@ from ..demo_model import resolve_model_name
 from ..prompt_pair import PromptPair
 from .arms import arm_processor, check_arms, find_arm
 from .comparison import check_pair
+from .responses import end_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,8 @@ class ACDModelAPI(HuggingFaceAPI):
         ValueError: there is no such arm, it needs a pair, or the pair does not fit the model.
     """
 
+    model: Any  # Inspect's provider loads it; from the end of `__init__` on, every answer of it is contrasted
+
     def __init__(
         self,
         model_name: str,
@@ -77,6 +80,7 @@ class ACDModelAPI(HuggingFaceAPI):
         super().__init__(model_name, base_url, api_key, config, **{**model_args, "model_path": path})
         if self.tokenizer.chat_template and "tokenizer_call_args" not in model_args:
             self.tokenizer_call_args = {"add_special_tokens": False}  # the template wrote them
+        self.model.generation_config.eos_token_id = sorted(end_tokens(self.model, self.tokenizer)) or None
         processor = arm_processor(self.arm, self.model, self.tokenizer, learned, alpha, beta)
         self.model = _Contrasted(self.model, processor)
 

@@ -98,7 +98,7 @@ def _generate_batch(
     processor: ACDLogitsProcessor | None,
     max_new_tokens: int,
 ) -> list[Response]:
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     width = max(map(len, prompts))
     rows = [[padding] * (width - len(ids)) + ids for ids in prompts]
@@ -115,7 +115,8 @@ def _generate_batch(
     return [_response(tokenizer, tokens, ends) for tokens in sequences[:, width:].tolist()]
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a response: the model's and the tokenizer's."""
     eos: Any = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
