@@ -38,6 +38,7 @@ import torch
 from transformers.utils import logging
 
 from .evaluation.refusal import is_refusal
+from .evaluation.responses import generate_batch
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, shipped_folder, system_prompt_ids
 
 if TYPE_CHECKING:
@@ -242,30 +243,18 @@ def _sample_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: SamplingSettings
 ) -> list[dict[str, Any]]:
     """Continue the prompts; for each, its `response` and whether it `finished`."""
-    eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[padding] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         # Seeded by what is in the batch, it does not matter which batches came before, and in which run
         torch.manual_seed(int(_digest(settings.seed, prompts)[:15], 16))
-        sequences = model.generate(
-            input_ids,
-            attention_mask=mask,
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=padding,
+        responses = generate_batch(
+            model,
+            tokenizer,
+            prompts,
+            settings.max_new_tokens,
             **(sampling if settings.temperature else {"do_sample": False}),
         )
-    responses = []
-    for tokens in sequences[:, width:].tolist():
-        length = next((i for i, token in enumerate(tokens) if token in ends), None)
-        text = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
-        responses.append({"response": text, "finished": length is not None})
-    return responses
+    return [{"response": response.text, "finished": response.finished} for response in responses]
 
 
 def _open_partial(path: Path, digest: str) -> list[list[dict[str, Any]]]:

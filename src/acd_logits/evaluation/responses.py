@@ -74,7 +74,14 @@ def generate_responses(
     responses: dict[int, Response] = {}
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        batch = _generate_batch(model, tokenizer, [prompts[i] for i in places], processor, max_new_tokens)
+        batch = generate_batch(
+            model,
+            tokenizer,
+            [prompts[i] for i in places],
+            max_new_tokens,
+            do_sample=False,
+            logits_processor=[processor] if processor else [],
+        )
         responses.update(zip(places, batch, strict=True))
         on_batch(len(places))
     return [responses[i] for i in range(len(prompts))]
@@ -91,13 +98,22 @@ def _check_context(
         raise ValueError(f"the longest prompt and its response take {length} tokens, the model's context has {limit}")
 
 
-def _generate_batch(
+def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    processor: ACDLogitsProcessor | None,
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
+    **settings: Any,
 ) -> list[Response]:
+    """Continue the prompts of one batch, padded on the left.
+
+    Args:
+        model: the model, in eval mode.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt.
+        max_new_tokens: length limit of a response.
+        **settings: of `generate()`.
+    """
     ends = end_tokens(model, tokenizer)
     padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     width = max(map(len, prompts))
@@ -107,10 +123,9 @@ def _generate_batch(
         torch.tensor(rows, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         eos_token_id=sorted(ends) or None,
         pad_token_id=padding,
-        logits_processor=[processor] if processor else [],
+        **settings,
     )
     return [_response(tokenizer, tokens, ends) for tokens in sequences[:, width:].tolist()]
 
