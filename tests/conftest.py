@@ -1,5 +1,6 @@
 import copy
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask the Hub
 
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from acd_logits import PromptPair
+from acd_logits.cli import main
 from acd_logits.prompt_pair import PairConfig
 
 torch.set_num_threads(1)
@@ -162,3 +164,22 @@ def tokenizer():
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))]
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     return build_tokenizer(words, unk_token="<pad>", padding_side="left", **names)
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch):
+    """Run a command that must fail, without loading a model unless `loads`; return its one line of complaint."""
+
+    def run(*arguments, code=1, loads=False):
+        if not loads:
+            monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail())
+        try:
+            returned = main(list(arguments))
+        except SystemExit as usage_error:
+            returned = usage_error.code
+        captured = capsys.readouterr()
+        assert (returned, captured.out) == (code, "")
+        assert re.fullmatch(r"acd-logits: error: .+\n", captured.err)
+        return captured.err
+
+    return run

@@ -61,25 +61,6 @@ def generate(model_path, capsys):
     return run
 
 
-@pytest.fixture
-def fails(capsys, monkeypatch):
-    """Run a command that must fail, without loading a model unless `loads`; return its one line of complaint."""
-
-    def run(*arguments, code=1, loads=False):
-        if not loads:
-            monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail())
-        try:
-            returned = main(list(arguments))
-        except SystemExit as usage_error:
-            returned = usage_error.code
-        captured = capsys.readouterr()
-        assert (returned, captured.out) == (code, "")
-        assert re.fullmatch(r"acd-logits: error: .+\n", captured.err)
-        return captured.err
-
-    return run
-
-
 def use_stdin(monkeypatch, text):
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
 

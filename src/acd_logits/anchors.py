@@ -38,7 +38,8 @@ import torch
 from transformers.utils import logging
 
 from .evaluation.refusal import is_refusal
-from .evaluation.responses import generate_batch
+from .evaluation.responses import check_context, encode_messages, generate_batch
+from .files import write_text
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, shipped_folder, system_prompt_ids
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def load_refusals(path: str | os.PathLike[str] | None = None, opening: str | Non
             when to refuse, and not about which of many wordings comes next.
 
     Returns:
-        The refusals as dictionaries of these keys; `category` is "" for a general refusal.
+        The refusals as dictionaries of these keys, without repetitions; `category` is "" for a general refusal.
 
     Raises:
         OSError: the file cannot be read.
@@ -133,14 +134,7 @@ def _read_jsonl(path: Path, required: tuple[str, ...]) -> list[tuple[int, dict[s
 
 
 def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the file in one step: a reader, or a crash, never meets half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # Sampling responses
@@ -199,7 +193,7 @@ def sample_responses(
     ]
     # Prompts of one length make no padding. The longest first: if memory does not suffice, it shows at once.
     requests.sort(key=lambda request: (-len(request[1]), request[1]))
-    _check_context(model, max((len(ids) for _, ids in requests), default=0) + settings.max_new_tokens)
+    check_context(model, max((len(ids) for _, ids in requests), default=0) + settings.max_new_tokens)
 
     done = _open_partial(partial_file, _digest(model.name_or_path, str(model.dtype), asdict(settings), requests))
     batches = [requests[i : i + settings.batch_size] for i in range(0, len(requests), settings.batch_size)]
@@ -226,17 +220,9 @@ def _prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], 
             turns.insert(0, {"role": "system", "content": system_prompt})
         elif system_prompt:
             turns[0]["content"] = f"{system_prompt}\n\n{instruction}"
-        if not tokenizer.chat_template:
-            return tokenizer(turns[0]["content"])["input_ids"]
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return encode_messages(tokenizer, turns)
 
     return prompt_ids
-
-
-def _check_context(model: PreTrainedModel, length: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(f"the longest prompt and its response take {length} tokens, the model's context has {limit}")
 
 
 def _sample_batch(

@@ -413,7 +413,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     """Run the cells that the folder lacks, and write its report; with --compare, also what changed."""
     from .evaluation import plots, report
-    from .evaluation.results import ResultsFolder, write_text
+    from .evaluation.results import ResultsFolder
+    from .files import write_text
 
     with _user_errors(ImportError, OSError, ValueError):
         plots.require_matplotlib()

@@ -25,7 +25,6 @@ import importlib.metadata
 import inspect
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +40,7 @@ from transformers.utils import logging
 from . import __version__
 from .anchors import SPLITS, load_anchor_data, split_held_out
 from .demo_model import DEMO_MODEL, DEMO_MODEL_ID, resolve_model_name
+from .files import write_text
 from .paired import reuses_prefix
 from .prompt_pair import STREAMS, PromptPair, base_model
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, place_soft_prompt, system_prompt_ids
@@ -786,7 +786,4 @@ def _versions() -> dict[str, str]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Write a file in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=2) + "\n")

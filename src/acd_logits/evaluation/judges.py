@@ -222,11 +222,20 @@ def parse_verdict(reply: str) -> Verdict:
     Returns:
         The verdict of its last line; `invalid` if that is none, or if another line contradicts it.
     """
-    lines = [line for line in reply.splitlines() if line.strip()]
-    found = [match[1].lower() for match in map(_VERDICT_LINE.fullmatch, lines) if match]
-    if not lines or not _VERDICT_LINE.fullmatch(lines[-1]) or len(set(found)) != 1:
-        return "invalid"
-    return "harmless" if found[0] == "harmless" else "harmful"
+    word = last_line(reply, _VERDICT_LINE)
+    return "invalid" if word is None else "harmless" if word == "HARMLESS" else "harmful"
+
+
+def last_line(reply: str, form: re.Pattern[str]) -> str | None:
+    """The word, in capitals, that a reply's last line gives; `None` if it gives none, or another line another one.
+
+    Args:
+        reply: what a model wrote.
+        form: of such a line, with the word as its group.
+    """
+    matches = [form.fullmatch(line) for line in reply.splitlines() if line.strip()]
+    words = {match[1].upper() for match in matches if match}
+    return words.pop() if matches and matches[-1] and len(words) == 1 else None
 
 
 def parse_guard(reply: str) -> Verdict:

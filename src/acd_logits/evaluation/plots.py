@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
+from .report import is_main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,14 +62,11 @@ def arm_means(summary: dict[str, Any], kind: str) -> dict[str, tuple[float, floa
 
     Means over different benchmarks cannot be compared: arms that were run on fewer than others are left out.
     """
-    main = summary["main"]
     rates = {
         arm: [
             (cell[kind]["rate"], *cell[kind]["interval"])
             for cell in summary["cells"]
-            if cell["arm"] == arm
-            and cell[kind]["n"]
-            and (cell["alpha"] is None or (cell["alpha"], cell["beta"]) == (main["alpha"], main["beta"]))
+            if cell["arm"] == arm and cell[kind]["n"] and is_main(cell, summary["main"])
         ]
         for arm in ARMS
     }

@@ -12,8 +12,9 @@ import math
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_text
 from .arms import ARMS
-from .results import Cell, ResultsFolder, cell_of, write_text
+from .results import Cell, ResultsFolder, cell_of
 from .statistics import mcnemar, wilson_interval
 
 if TYPE_CHECKING:
@@ -457,11 +458,12 @@ def _strength(cell: Cell) -> str:
 
 
 def _arms(summary: dict[str, Any]) -> list[str]:
-    present = {cell["arm"] for cell in summary["cells"] if _is_main(cell, summary["main"])}
+    present = {cell["arm"] for cell in summary["cells"] if is_main(cell, summary["main"])}
     return [arm for arm in ARMS if arm in present]
 
 
-def _is_main(cell: dict[str, Any], main: dict[str, Any]) -> bool:
+def is_main(cell: dict[str, Any], main: dict[str, Any]) -> bool:
+    """Whether a summary's cell has the strength at which arms are compared, or none."""
     return cell["alpha"] is None or (cell["alpha"], cell["beta"]) == (main["alpha"], main["beta"])
 
 
@@ -471,7 +473,7 @@ def _find(summary: dict[str, Any], benchmark: str, arm: str) -> dict[str, Any] |
         (
             cell
             for cell in summary["cells"]
-            if (cell["benchmark"], cell["arm"]) == (benchmark, arm) and _is_main(cell, summary["main"])
+            if (cell["benchmark"], cell["arm"]) == (benchmark, arm) and is_main(cell, summary["main"])
         ),
         None,
     )

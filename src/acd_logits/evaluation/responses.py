@@ -68,7 +68,9 @@ def generate_responses(
     Raises:
         ValueError: a prompt and its response do not fit into the model's context.
     """
-    _check_context(model, prompts, processor, max_new_tokens)
+    pair = processor.pair if processor else None
+    soft = max(len(pair.safeguarding), len(pair.adversarial)) if pair else 0
+    check_context(model, soft + max(map(len, prompts), default=0) + max_new_tokens)
     # Prompts of one length make no padding. The longest first: if memory does not suffice, it shows at once
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     responses: dict[int, Response] = {}
@@ -87,13 +89,9 @@ def generate_responses(
     return [responses[i] for i in range(len(prompts))]
 
 
-def _check_context(
-    model: PreTrainedModel, prompts: Sequence[list[int]], processor: ACDLogitsProcessor | None, max_new_tokens: int
-) -> None:
+def check_context(model: PreTrainedModel, length: int) -> None:
+    """Raise ValueError if the longest prompt and its response, `length` tokens, do not fit into the context."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    pair = processor.pair if processor else None
-    soft = max(len(pair.safeguarding), len(pair.adversarial)) if pair else 0
-    length = soft + max(map(len, prompts), default=0) + max_new_tokens
     if limit is not None and length > limit:
         raise ValueError(f"the longest prompt and its response take {length} tokens, the model's context has {limit}")
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -139,16 +141,6 @@ class ResultsFolder:
 def cell_of(row: dict[str, Any]) -> Cell:
     """The cell that a row belongs to."""
     return Cell(row["benchmark"], row["arm"], row["alpha"], row["beta"])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write the file in one step: a reader, or a crash, never meets half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _line(row: dict[str, Any]) -> str:

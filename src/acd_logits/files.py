@@ -1,0 +1,27 @@
+"""Files that appear in one step."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the file in one step: a reader, or a crash, never meets half of it.
+
+    Args:
+        path: the file, in a folder that exists.
+        text: what it will hold, in UTF-8.
+
+    Raises:
+        OSError: it cannot be written; then it is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
