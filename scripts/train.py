@@ -4,16 +4,16 @@ The demo model (SmolLM2-135M-Instruct), on the responses that build_anchors.py s
 
     python scripts/train.py --train_file anchors.jsonl --output_dir my-pair
 
-Another model, in bfloat16, with L_r as KL divergence and weighted more, logged to TensorBoard:
+Another model, in bfloat16, with the paper's loss (cross entropy, no weights), logged to TensorBoard:
 
     python scripts/train.py --train_file anchors.jsonl --output_dir my-pair \
         --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --dtype bfloat16 \
-        --retain kl --lr_weight 3 --report_to tensorboard
+        --retain ce --ln_weight 1 --lr_weight 1 --max_response_tokens 64 --report_to tensorboard
 
 Two GPUs, half of the batch on each:
 
     accelerate launch --num_processes 2 scripts/train.py --train_file anchors.jsonl --output_dir my-pair \
-        --per_device_train_batch_size 4
+        --per_device_train_batch_size 16
 
 A run that was stopped goes on when the same command is given again. `acd-logits train` is the same command, installed.
 """

@@ -360,7 +360,7 @@ def test_script_is_the_same_command(model_path):
 
 
 @pytest.mark.real_model
-def test_real_model_answers_with_the_default_pair(capsys):
+def test_real_model_answers_with_the_manual_texts(capsys):
     assert main(["generate", "What is the capital of France?", "--max_new_tokens", "16", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["model"], record["pair"]) == ("smollm2", "text")

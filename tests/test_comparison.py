@@ -7,7 +7,7 @@ import pytest
 from acd_logits.evaluation import comparison
 from acd_logits.evaluation.arms import ARMS, arm_processor
 from acd_logits.evaluation.benchmarks import Benchmark, Request
-from acd_logits.evaluation.comparison import check_pair, pair_digest, plan_cells, run_comparison
+from acd_logits.evaluation.comparison import check_pair, plan_cells, run_comparison
 from acd_logits.evaluation.fluency import response_loss
 from acd_logits.evaluation.responses import encode_messages, generate_responses
 from acd_logits.evaluation.results import Cell, ResultsFolder
@@ -153,7 +153,3 @@ def test_a_pair_of_another_model_needs_to_be_wanted(config):
 def test_a_pair_of_another_size_fits_no_model(config):
     with pytest.raises(ValueError, match="the pair was made for hidden size 24, org/model has 32"):
         check_pair(build_pair(hidden=24), config, "org/model", transfer=True)
-
-
-def test_the_digest_is_of_the_prompts():
-    assert pair_digest(build_pair(alpha=0.4)) == pair_digest(build_pair()) != pair_digest(build_pair(seed=2))

@@ -222,3 +222,7 @@ def test_repr_names_shapes_and_strength():
     text = repr(PromptPair(torch.zeros(3, 4), torch.zeros(2, 4), PairConfig(alpha=0.25)))
     assert "[3, 4]" in text
     assert "alpha=0.25" in text
+
+
+def test_the_digest_is_of_the_prompts():
+    assert build_pair(alpha=0.4).digest == build_pair().digest != build_pair(seed=2).digest

@@ -67,11 +67,14 @@ def anchor_tokens(tokenizer, number=10, held_out=3):
 
 
 def build_options(**options):
-    return OPOArguments(train_file="unused", model_name_or_path="some/model", **options)
+    """The paper's loss: cross entropy, no weights; and two epochs for both prompts."""
+    paper = {"retain": "ce", "ln_weight": 1.0, "lr_weight": 1.0, "adversarial_epochs": 2.0}
+    return OPOArguments(train_file="unused", model_name_or_path="some/model", **{**paper, **options})
 
 
 def build_arguments(folder, **arguments):
     defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 0.1, "logging_steps": 1}
+    defaults |= {"warmup_steps": 0}  # the few steps of a test would all be part of it
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
     return OPOTrainingArguments(output_dir=str(folder), **{**defaults, **quiet, **arguments})
 
@@ -120,6 +123,7 @@ def command(model_folder, tmp_path):
         *("--safe_prompt_file", str(model_folder / "safe.txt"), "--output_dir", str(tmp_path / "pair")),
         *("--opposite_prompt_file", str(model_folder / "opposite.txt"), "--held_out_fraction", "0.2"),
         *("--num_train_epochs", "2", "--learning_rate", "0.1", "--logging_steps", "1", "--use_cpu"),
+        *("--per_device_train_batch_size", "8", "--warmup_steps", "0", "--adversarial_epochs", "2"),
         *("--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"),
     ]
 
@@ -344,7 +348,9 @@ def test_the_templates_own_token_ends_a_turn(tokenizer, behind, token):
 
 def test_long_responses_are_cut_off(tokenizer):
     (example,) = encode_anchors(anchor_rows(1)[:1], tokenizer, False, 2)
-    assert example == {"input_ids": tokenizer(f"{HARMFUL} w30")["input_ids"], "response": [50, 51], "split": 0}
+    prompt = f"{HARMFUL} w30"
+    parts = {"input_ids": tokenizer(prompt)["input_ids"], "response": [50, 51], "split": 0, "instruction": prompt}
+    assert example == parts
 
 
 @pytest.mark.real_model
@@ -390,7 +396,7 @@ def trained(tmp_path_factory):
 
     tokenizer = fixture.__wrapped__()
     folder = tmp_path_factory.mktemp("run") / "pair"
-    options = build_options(retain="kl", alpha=0.4, beta=0.2)
+    options = build_options(retain="kl", alpha=0.4, beta=0.2, adversarial_epochs=10.0)
     arguments = build_arguments(folder, num_train_epochs=10, learning_rate=0.03)
     model = undecided_model(tokenizer)
     weights = copy.deepcopy(model.state_dict())
@@ -507,6 +513,41 @@ def test_the_adversarial_prompt_may_have_epochs_of_its_own(tokenizer, tmp_path):
     train_pair(build_model(), tokenizer, anchor_tokens(tokenizer), options, build_arguments(tmp_path))
     assert history(tmp_path)[-1]["epoch"] == 2
     assert history(tmp_path, "adversarial")[-1]["epoch"] == 1
+
+
+def test_the_adversarial_prompt_may_stay_as_it_starts(tokenizer, tmp_path):
+    options = build_options(adversarial_epochs=0.0)
+    model = build_model()
+    pair = train_pair(model, tokenizer, anchor_tokens(tokenizer), options, build_arguments(tmp_path))
+    start = training.initial_prompts(model, tokenizer, options)
+    assert torch.equal(pair.adversarial, start.adversarial)
+    assert not torch.equal(pair.safeguarding, start.safeguarding)
+
+
+def test_a_run_goes_on_from_another_pair(tokenizer, tmp_path):
+    build_pair(n_s=5, n_a=3, vocab_size=VOCAB, results={"over_refusal": []}).save_pretrained(tmp_path / "first")
+    start = PromptPair.from_pretrained(tmp_path / "first")
+    options = build_options(init_pair=str(tmp_path / "first"), adversarial_epochs=0.0)
+    arguments = build_arguments(tmp_path / "second", num_train_epochs=1, learning_rate=1e-3)
+    pair = train_pair(build_model(), tokenizer, anchor_tokens(tokenizer), options, arguments)
+    assert torch.equal(pair.adversarial, start.adversarial)
+    moved = (pair.safeguarding - start.safeguarding).abs().max()
+    assert 0 < moved < 0.01
+    assert pair.config.results == {}, "they were measured on the first pair"
+    assert pair.config.training["init_pair"] == start.digest
+
+    build_pair(n_s=5, n_a=3, seed=2, vocab_size=VOCAB).save_pretrained(tmp_path / "first")
+    with pytest.raises(ValueError, match="holds a run with another init_pair"):
+        train_pair(build_model(), tokenizer, anchor_tokens(tokenizer), options, arguments)
+
+
+def test_a_pair_to_go_on_from_must_fit(tokenizer, tmp_path):
+    build_pair(hidden=8).save_pretrained(tmp_path / "first")
+    options = build_options(init_pair=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="was made for hidden size 8"):
+        train_pair(build_model(), tokenizer, anchor_tokens(tokenizer), options, build_arguments(tmp_path / "second"))
+    with pytest.raises(ValueError, match="leave it out with --init_pair"):
+        build_options(init_pair="a/pair", num_virtual_tokens=7)
 
 
 def test_weights_of_zero_switch_a_term_off(tokenizer, tmp_path):

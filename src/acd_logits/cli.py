@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from .evaluation.results import Cell, ResultsFolder
     from .logits_process import ACDLogitsProcessor
     from .prompt_pair import PromptPair
+
+MANUAL_TEXTS = "text"  # what --pair calls the two manual prompts
 
 
 class CommandError(Exception):
@@ -339,8 +342,8 @@ def _report_pair(pair: PromptPair, arguments: TrainingArguments) -> None:
 
     for stream, losses in pair.config.training["held_out_loss"].items():
         if losses:
-            first, kept = losses["first"], losses["kept"]
-            numbers = ", ".join(f"{term} {first[term]:.3f} -> {kept[term]:.3f}" for term in TERMS)
+            first, kept = losses.get("first", {}), losses["kept"]
+            numbers = ", ".join(f"{term} {first.get(term, math.nan):.3f} -> {kept[term]:.3f}" for term in TERMS)
             _show(f"{stream}, held out, before -> after {kept['epoch']:g} epochs: {numbers}\n")
     _show(f"{arguments.output_dir}: {len(pair.safeguarding)} and {len(pair.adversarial)} virtual tokens\n")
     if arguments.push_to_hub:
@@ -358,10 +361,23 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="of the results; grows")
     parser.add_argument("--report_only", action="store_true", help="make the report of a folder again")
     parser.add_argument("--compare", type=Path, metavar="FOLDER", help="older results: show what changed since then")
+    parser.add_argument(
+        "--draw_labels",
+        type=positive_int,
+        metavar="N",
+        help="draw N responses into labels.jsonl, to label by hand; the report then says how far the judge agrees",
+    )
+
+    parser.add_argument(
+        "--update_card",
+        type=Path,
+        metavar="FOLDER",
+        help="write the rates into the config and the model card of the pair in this folder",
+    )
 
     model = parser.add_argument_group("model and prompt pair")
     model.add_argument("--model_name_or_path", default=DEMO_MODEL, help="folder or Hub id (default: %(default)s)")
-    model.add_argument("--pair", help="folder or Hub id of a learned prompt pair, for the arms that need one")
+    _add_pair_argument(model)
     model.add_argument("--revision", help="branch, tag or commit of the pair on the Hub")
     model.add_argument("--transfer", action="store_true", help="measure a pair of another model of this hidden size")
     model.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one)")
@@ -412,7 +428,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Run the cells that the folder lacks, and write its report; with --compare, also what changed."""
-    from .evaluation import plots, report
+    from .evaluation import labels, plots, report
     from .evaluation.results import ResultsFolder
     from .files import write_text
 
@@ -422,26 +438,43 @@ def run_evaluate(args: argparse.Namespace) -> None:
         results = ResultsFolder(args.output_dir) if args.report_only else None
     results = results or _evaluate(args)
     with _user_errors(OSError, ValueError):
+        if args.update_card:
+            _update_card(args.update_card, results)
         _show(f"{report.write_report(results)}\n")
+        if args.draw_labels:
+            _show(f"{labels.draw(results, args.draw_labels, args.seed)}\n")
         if older is not None:
             write_text(results.path / report.COMPARISON_NAME, report.render_comparison(results, older))
             _show(f"{results.path / report.COMPARISON_NAME}\n")
+
+
+def _update_card(folder: Path, results: ResultsFolder) -> None:
+    """Write what was measured into the config and the card of the pair in a folder."""
+    from .evaluation import report
+    from .prompt_pair import PromptPair
+
+    pair = PromptPair.from_pretrained(folder)
+    if pair.digest != results.run["settings"]["pair_digest"]:
+        raise ValueError(f"{results.path} was measured on another pair than the one in {folder}")
+    config = dataclasses.replace(pair.config, results=report.card_results(report.summarise(results)))
+    PromptPair(pair.safeguarding, pair.adversarial, config).save_pretrained(folder)
+    _show(f"{folder}\n")
 
 
 def _evaluate(args: argparse.Namespace) -> ResultsFolder:
     """Check everything that can be checked, then load the model and run the cells."""
     from .evaluation import arms, benchmarks, comparison
     from .evaluation.results import ResultsFolder
-    from .prompt_pair import PromptPair
 
     _check_evaluation(args)
-    names = args.arms or ["base", "oid", *(["sp", "ap", "acd"] if args.pair else [])]
+    learned = _pair_name(args) != MANUAL_TEXTS
+    names = args.arms or ["base", "oid", *(["sp", "ap", "acd"] if learned else [])]
     with _user_errors(ImportError, OSError, RuntimeError, ValueError):
-        arms.check_arms(names, has_pair=bool(args.pair))
+        arms.check_arms(names, has_pair=learned)
         requests = [
             benchmarks.load_benchmark(spec, label, args.limit, args.seed) for spec, label in _benchmark_specs(args)
         ]
-        pair = PromptPair.from_pretrained(args.pair, revision=args.revision) if args.pair else None
+        pair = _load_pair(args)
         settings = _evaluation_settings(args, pair)
         results = ResultsFolder(args.output_dir, settings)
         results.register(requests)
@@ -479,7 +512,7 @@ def _benchmark_specs(args: argparse.Namespace) -> list[tuple[str, Label | None]]
 
 def _check_evaluation(args: argparse.Namespace) -> None:
     for name in ("revision", "transfer"):
-        if getattr(args, name) and not args.pair:
+        if getattr(args, name) and args.pair in (None, MANUAL_TEXTS):
             raise CommandError(f"--{name} is about the pair and needs --pair")
     if args.judge_url and not args.judge.startswith("llm:"):
         raise CommandError("--judge_url needs --judge llm:NAME")
@@ -500,10 +533,11 @@ def _evaluation_settings(args: argparse.Namespace, pair: PromptPair | None) -> d
         "model": args.model_name_or_path,
         "model_revision": getattr(config, "_commit_hash", None),
         "dtype": args.dtype,
-        "pair": args.pair,
-        "pair_digest": comparison.pair_digest(pair) if pair else None,
+        "pair": _pair_name(args) if pair else None,
+        "pair_digest": pair.digest if pair else None,
         "transfer": foreign,
         "judge": args.judge,
+        "judge_url": args.judge_url,
         "harmless_label": args.harmless_label,
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
@@ -575,12 +609,19 @@ def run_push(args: argparse.Namespace) -> None:
     _show(f"{commit.pr_url or commit.commit_url}\n")
 
 
+def _add_pair_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--pair",
+        help=f"folder or Hub id of a learned prompt pair (default: {MANUAL_TEXTS}, the two manual prompts)",
+    )
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 
     model = parser.add_argument_group("model and prompt pair")
     model.add_argument("--model_name_or_path", default=DEMO_MODEL, help="folder or Hub id (default: %(default)s)")
-    model.add_argument("--pair", help="folder or Hub id of a learned prompt pair (default: the manual texts)")
+    _add_pair_argument(model)
     model.add_argument("--revision", help="branch, tag or commit of the pair on the Hub")
     model.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one)")
     model.add_argument(
@@ -731,10 +772,8 @@ def _load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = Fal
     from .logits_process import ACDLogitsProcessor
     from .prompt_pair import PromptPair
 
-    pair = None
     with _user_errors(OSError, ValueError):
-        if args.pair:
-            pair = PromptPair.from_pretrained(args.pair, revision=args.revision)
+        pair = _load_pair(args)
     model, tokenizer = _load_model(args, needs_chat_template=needs_chat_template)
     with _user_errors(ValueError):
         pair = pair or PromptPair.from_text(model, tokenizer)
@@ -748,6 +787,23 @@ def _load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = Fal
         seed=args.seed,
         generation_settings=_generation_settings(args, tokenizer),
     )
+
+
+def _pair_name(args: argparse.Namespace) -> str:
+    """The pair that is asked for, or the manual texts."""
+    return MANUAL_TEXTS if args.pair is None else args.pair
+
+
+def _load_pair(args: argparse.Namespace) -> PromptPair | None:
+    """Load the learned pair; `None` for the manual texts."""
+    from .prompt_pair import PromptPair
+
+    name = _pair_name(args)
+    if not name:
+        raise ValueError(f"--pair is empty: name a folder or a Hub id, or {MANUAL_TEXTS} for the manual prompts")
+    if name == MANUAL_TEXTS:
+        return None
+    return PromptPair.from_pretrained(name, revision=args.revision)
 
 
 def _load_model(
@@ -777,7 +833,7 @@ def _load_model(
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
-    if args.revision and not args.pair:
+    if args.revision and args.pair in (None, MANUAL_TEXTS):
         raise CommandError("--revision is the pair's and needs --pair")
     if not args.do_sample and (args.temperature is not None or args.top_p is not None):
         raise CommandError("--temperature and --top_p need --do_sample")
@@ -815,7 +871,7 @@ def _print_json(assistant: _Assistant, prompt: str, args: argparse.Namespace) ->
         "plain": assistant.answer(_user_turn(prompt), safeguarded=False),
         "safeguarded": assistant.answer(_user_turn(prompt), safeguarded=True),
         "model": args.model_name_or_path,
-        "pair": args.pair or "text",
+        "pair": _pair_name(args),
         "alpha": assistant.alpha,
         "beta": assistant.beta,
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -175,6 +176,12 @@ class PromptPair:
             return embedding(ids[None])[0]
 
         return cls(embed(safe), embed(adversarial), PairConfig(**_model_facts(model)))
+
+    @property
+    def digest(self) -> str:
+        """Tells whether two pairs hold the same prompts, wherever they lie."""
+        prompts = (self.safeguarding, self.adversarial)
+        return hashlib.sha256(b"".join(p.float().contiguous().numpy().tobytes() for p in prompts)).hexdigest()[:16]
 
     def check(self, model: PreTrainedModel) -> None:
         """Check that the pair fits a model.

@@ -57,7 +57,8 @@ TERMS = ("L_p", "L_n", "L_r")
 SETTINGS_NAME = "training_settings.json"
 LOG_NAME = "log_history.json"  # written last: a run that has it is finished
 
-Example = dict[str, Any]  # of one pair: `input_ids` of the prompt, `response` tokens, `split` as an index into SPLITS
+# Of one pair: `input_ids` of the prompt, `response` tokens, `split` as an index into SPLITS, and the `instruction`
+Example = dict[str, Any]
 Batch = dict[str, torch.Tensor]
 
 
@@ -85,15 +86,18 @@ class OPOArguments:
     safe_prompt_file: str | None = HfArg(default=None, help="text that SP starts as (default: the package's)")
     opposite_prompt_file: str | None = HfArg(default=None, help="text that AP starts as (default: the package's)")
     num_virtual_tokens: int | None = HfArg(default=None, help="length of both prompts (default: of their texts)")
-    max_response_tokens: int = HfArg(default=64, help="responses are cut off there")
+    init_pair: str | None = HfArg(default=None, help="folder or Hub id of a pair to go on from, instead of the texts")
+    max_response_tokens: int = HfArg(default=8, help="responses are cut off there: their first tokens decide")
     held_out_fraction: float = HfArg(default=0.15, help="share of the instructions to evaluate on; 0 for none")
     lp_weight: float = HfArg(default=1.0, help="weight of L_p: follow the split's responses")
-    ln_weight: float = HfArg(default=1.0, help="weight of L_n: avoid the other split's responses")
-    lr_weight: float = HfArg(default=1.0, help="weight of L_r: stay helpful on safe instructions")
+    ln_weight: float = HfArg(default=0.05, help="weight of L_n: avoid the other split's responses")
+    lr_weight: float = HfArg(default=3.0, help="weight of L_r: stay helpful on safe instructions")
     retain: Literal["ce", "kl"] = HfArg(
-        default="ce", help="L_r: cross entropy on D_S (the paper's), or KL divergence to the model without a prompt"
+        default="kl", help="L_r: KL divergence to the model without a prompt, or cross entropy on D_S (the paper's)"
     )
-    adversarial_epochs: float | None = HfArg(default=None, help="epochs of AP (default: --num_train_epochs)")
+    adversarial_epochs: float = HfArg(
+        default=0.5, help="epochs of AP, which starts much nearer to its goal; 0 leaves it as it starts"
+    )
     alpha: float = HfArg(default=0.5, help="strength of the contrast, written into the pair")
     beta: float = HfArg(default=0.1, help="plausibility threshold, written into the pair")
 
@@ -101,8 +105,10 @@ class OPOArguments:
         """Check the numbers.
 
         Raises:
-            ValueError: for one out of its range.
+            ValueError: for one out of its range, or two that exclude each other.
         """
+        if self.init_pair and self.num_virtual_tokens:
+            raise ValueError("--num_virtual_tokens is the length of new prompts: leave it out with --init_pair")
         ranges: dict[str, Callable[[Any], bool]] = {
             "at least 1": lambda value: value >= 1,
             "finite and at least 0": lambda value: 0 <= value < math.inf,
@@ -110,7 +116,8 @@ class OPOArguments:
             "at least 0 and below 1": lambda value: 0 <= value < 1,
         }
         wanted = dict.fromkeys(("num_virtual_tokens", "max_response_tokens"), "at least 1")
-        wanted |= dict.fromkeys(("lp_weight", "ln_weight", "lr_weight", "alpha"), "finite and at least 0")
+        weights = ("lp_weight", "ln_weight", "lr_weight", "adversarial_epochs", "alpha")
+        wanted |= dict.fromkeys(weights, "finite and at least 0")
         wanted |= {"beta": "from 0 to 1", "held_out_fraction": "at least 0 and below 1"}
         for name, words in wanted.items():
             value = getattr(self, name)
@@ -132,16 +139,27 @@ class OPOArguments:
         """
         return _read_text(self.safe_prompt_file, SAFE_PROMPT), _read_text(self.opposite_prompt_file, OPPOSITE_PROMPT)
 
+    def start(self) -> PromptPair | None:
+        """The pair to go on from.
+
+        Raises:
+            OSError, ValueError: it cannot be loaded.
+        """
+        return PromptPair.from_pretrained(self.init_pair) if self.init_pair else None
+
 
 @dataclass
 class OPOTrainingArguments(TrainingArguments):
-    """transformers' arguments, with defaults for training prompts."""
+    """transformers' arguments, with defaults for training prompts (docs/training.md says how they were chosen)."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
     output_dir: str = HfArg(default="prompt-pair", help="receives the pair, and the checkpoints of both runs")
-    learning_rate: float = HfArg(default=1e-2, help="of both prompts")
-    num_train_epochs: float = HfArg(default=3.0, help="passes over the anchor data")
+    learning_rate: float = HfArg(default=2e-2, help="of both prompts")
+    num_train_epochs: float = HfArg(default=3.0, help="passes of SP over the anchor data")
+    per_device_train_batch_size: int = HfArg(default=32, help="pairs in a step on each device")
+    warmup_steps: float = HfArg(default=0.07, help="steps until the learning rate is reached; below 1, their share")
+    adam_beta2: float = HfArg(default=0.99, help="a run has too few steps for the usual 0.999")
     eval_strategy: str = HfArg(default="epoch", help="when to evaluate on the held-out instructions")
     save_strategy: str = HfArg(default="epoch", help="when to write a checkpoint")
     save_total_limit: int | None = HfArg(default=1, help="checkpoints to keep, besides the best")
@@ -210,7 +228,8 @@ def encode_anchors(
         prompt, response = encode_pair(
             tokenizer, row["instruction"], row["response"], chat=chat, finished=row["finished"]
         )
-        return {"input_ids": prompt, "response": response[:max_response_tokens], "split": SPLITS.index(row["split"])}
+        parts = {"input_ids": prompt, "response": response[:max_response_tokens], "split": SPLITS.index(row["split"])}
+        return {**parts, "instruction": row["instruction"]}
 
     return [encode(row) for row in rows]
 
@@ -547,8 +566,12 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> tuple[str, PreTra
     rows = load_anchor_data(options.train_file)
     parts = split_held_out(rows, options.held_out_fraction, args.seed) if options.held_out_fraction else (rows, [])
     pairs = AnchorTokens(*(encode_anchors(part, tokenizer, chat, options.max_response_tokens) for part in parts))
+    pairs.held_out.sort(key=lambda e: len(e["input_ids"]))  # prompts of like length in a batch save padding
     _check_splits(pairs)
-    longest = max(len(system_prompt_ids(tokenizer, text)) for text in texts)
+    if start := options.start():
+        longest = max(len(start.safeguarding), len(start.adversarial))
+    else:
+        longest = max(len(system_prompt_ids(tokenizer, text)) for text in texts)
     _check_context(config, pairs, options.num_virtual_tokens or longest)
     check_same_run(Path(args.output_dir), training_settings(tokenizer, pairs, options, args))
     return path, tokenizer, pairs
@@ -601,10 +624,13 @@ def train_pair(
     initial = initial_prompts(model, tokenizer, options)
     prompts, losses = {}, {}
     for stream in STREAMS:
+        if stream == "adversarial" and not options.adversarial_epochs:
+            prompts[stream] = initial.adversarial
+            continue
         prompts[stream], log = _train_prompt(stream, model, getattr(initial, stream), pairs, options, args)
         losses[stream] = _held_out_summary(log, args)
     model.eval()
-    template = tokenizer.chat_template if uses_chat(options, tokenizer) else None
+    template = tokenizer.get_chat_template() if uses_chat(options, tokenizer) else None
     demo = options.model_name_or_path == DEMO_MODEL
     config = dataclasses.replace(
         initial.config,
@@ -634,7 +660,18 @@ def uses_chat(options: OPOArguments, tokenizer: PreTrainedTokenizerBase) -> bool
 
 
 def initial_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: OPOArguments) -> PromptPair:
-    """Eq. 1: both prompts as the embeddings of their texts, cut off or repeated to `num_virtual_tokens`."""
+    """What both prompts start as.
+
+    By eq. 1, the embeddings of their texts, cut off or repeated to `num_virtual_tokens`; or another pair.
+
+    Raises:
+        OSError: the other pair cannot be loaded.
+        ValueError: it does not fit the model.
+    """
+    if start := options.start():
+        start.check(model)
+        config = dataclasses.replace(start.config, results={})  # which were measured on that pair
+        return PromptPair(start.safeguarding.float(), start.adversarial.float(), config)
 
     def fit(prompt: torch.Tensor) -> torch.Tensor:
         length = options.num_virtual_tokens or len(prompt)
@@ -651,21 +688,26 @@ def training_settings(
     ours = ("dtype", "num_virtual_tokens", "max_response_tokens", "held_out_fraction")
     weights = ("lp_weight", "ln_weight", "lr_weight", "retain", "adversarial_epochs")
     run = ("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+    optimiser = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
     order = ("seed", "data_seed", "train_sampling_strategy")
-    kept = ("load_best_model_at_end", "metric_for_best_model")
-    # Not of the prompts, since some chat templates write the date into them
-    responses = json.dumps([[e["response"], e["split"]] for e in [*pairs.train, *pairs.held_out]])
+    kept = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_steps")
+    # Not of the prompts' tokens, since some chat templates write the date into them
+    anchors = json.dumps([[e["instruction"], e["response"], e["split"]] for e in [*pairs.train, *pairs.held_out]])
+    local = Path(options.model_name_or_path).is_dir()  # the rest of a folder's path is nobody's business
     return {
-        "model": options.model_name_or_path,
+        "model": Path(options.model_name_or_path).name if local else options.model_name_or_path,
+        "model_revision": options.model_revision,
         "chat": uses_chat(options, tokenizer),
         **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),
+        "init_pair": start.digest if (start := options.start()) else None,
         **{name: getattr(options, name) for name in (*ours, *weights)},
-        **{name: getattr(args, name) for name in (*run, *order, "bf16", "fp16", *kept)},
+        **{name: getattr(args, name) for name in (*run, *optimiser, *order, "bf16", "fp16", *kept)},
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "optim": str(getattr(args.optim, "value", args.optim)),
+        "eval_strategy": str(getattr(args.eval_strategy, "value", args.eval_strategy)),
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "pairs": pairs.counts(),
-        "responses_sha256": hashlib.sha256(responses.encode()).hexdigest(),
+        "anchors_sha256": hashlib.sha256(anchors.encode()).hexdigest(),
     }
 
 
@@ -708,7 +750,7 @@ def _run_arguments(
     args.run_name = f"{args.run_name or Path(args.output_dir).parent.name}-{stream}"
     args.remove_unused_columns = False  # `collate` needs what the model's forward does not name
     args.push_to_hub = False  # the finished pair is pushed, not the checkpoints
-    if stream == "adversarial" and options.adversarial_epochs is not None:
+    if stream == "adversarial":
         args.num_train_epochs = options.adversarial_epochs
     if checkpoint:
         args.eval_on_start = False  # it is not the start
@@ -766,19 +808,21 @@ def _check_context(config: PretrainedConfig, pairs: AnchorTokens, num_virtual_to
 
 
 def _held_out_summary(log: list[dict[str, float]], args: TrainingArguments) -> dict[str, dict[str, float]]:
-    """The held-out losses at the start, and of the prompt that was kept."""
+    """The held-out losses before training, if that was evaluated, and of the prompt that was kept."""
     names = ("epoch", "eval_loss", *(f"eval_{term}" for term in TERMS))
     evaluations = [
         {n.removeprefix("eval_"): line[n] for n in names if n in line} for line in log if "eval_loss" in line
     ]
-    if not evaluations:
+    before = [line for line in evaluations if line["epoch"] == 0]
+    after = evaluations[len(before) :]
+    if not after:
         return {}
-    kept = evaluations[-1]
+    kept = after[-1]
     if args.load_best_model_at_end:
         metric = args.metric_for_best_model.removeprefix("eval_")
         choose = max if args.greater_is_better else min
-        kept = choose(evaluations[1:], key=lambda line: line[metric], default=kept)
-    return {"first": evaluations[0], "kept": kept}
+        kept = choose(after, key=lambda line: line[metric])
+    return {**({"first": before[0]} if before else {}), "kept": kept}
 
 
 def _versions() -> dict[str, str]:

@@ -7,7 +7,6 @@ run that was killed and started again ends with the same results as one that was
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -71,15 +70,10 @@ def check_pair(pair: PromptPair, config: PretrainedConfig, name: str, transfer: 
     foreign = foreign or pair.config.vocab_size not in (None, config.vocab_size)
     if foreign and not transfer:
         raise ValueError(
-            f"the pair was made for {ours or 'another model'}, not for {name}: --transfer measures it there"
+            f"the pair was made for {ours or 'another model'}, not for {name}: --transfer (transfer=True) measures it "
+            "there"
         )
     return foreign
-
-
-def pair_digest(pair: PromptPair) -> str:
-    """Tells whether two runs had the same pair, wherever it lies."""
-    prompts = (pair.safeguarding, pair.adversarial)
-    return hashlib.sha256(b"".join(p.float().contiguous().numpy().tobytes() for p in prompts)).hexdigest()[:16]
 
 
 def run_facts(command: str, device: str) -> dict[str, Any]:
