@@ -1,6 +1,7 @@
 """`acd-logits evaluate`: one run from arguments to report, and what it says when something is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -72,6 +73,31 @@ def test_a_run_from_arguments_to_report(evaluate, folder, tmp_path):
 
     again = evaluate(*requests(folder), *pair)
     assert "Finished" not in again.err
+
+
+def test_the_rates_go_into_the_card_of_the_pair(evaluate, fails, folder, tmp_path):
+    pair = tmp_path / "pair"
+    shutil.copytree(folder / "pair", pair)
+    evaluate(*requests(folder), "--pair", str(pair), "--arms", "base", "acd")
+    evaluate("--report_only", "--update_card", str(pair))
+    results = json.loads((pair / "acd_config.json").read_text())["results"]
+    assert [(row["method"], row["n"], row["judge"]) for row in results["harmless_rate"]] == [
+        ("Base", 2, "keywords"),
+        ("ACD", 2, "keywords"),
+    ]
+    assert [row["n"] for row in results["over_refusal"]] == [2, 2]
+    assert "| bad | ACD |" in (pair / "README.md").read_text()
+
+    build_pair(seed=2, vocab_size=VOCAB, base_model_name_or_path="org/model").save_pretrained(tmp_path / "other")
+    assert "was measured on another pair" in fails("--report_only", "--update_card", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--pair", ""], "--pair is empty"), (["--pair", "text", "--transfer"], "--transfer is about the pair")],
+)
+def test_a_pair_that_is_none(fails, folder, arguments, said):
+    assert said in fails(*requests(folder), *arguments)
 
 
 def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):

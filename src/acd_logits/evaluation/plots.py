@@ -60,21 +60,17 @@ def write_plots(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
 def arm_means(summary: dict[str, Any], kind: str) -> dict[str, tuple[float, float, float]]:
     """Of each arm at the main strength: the mean of a rate over benchmarks, and of its interval's ends.
 
-    Means over different benchmarks cannot be compared: arms that were run on fewer than others are left out.
+    Means over different benchmarks cannot be compared: arms that were not run on all of them are left out.
     """
-    rates = {
-        arm: [
-            (cell[kind]["rate"], *cell[kind]["interval"])
-            for cell in summary["cells"]
-            if cell["arm"] == arm and cell[kind]["n"] and is_main(cell, summary["main"])
-        ]
-        for arm in ARMS
-    }
-    most = max(map(len, rates.values()))
+    rates: dict[str, dict[str, tuple[float, float, float]]] = {arm: {} for arm in ARMS}
+    for cell in summary["cells"]:
+        if cell[kind]["n"] and is_main(cell, summary["main"]):
+            rates[cell["arm"]][cell["benchmark"]] = (cell[kind]["rate"], *cell[kind]["interval"])
+    benchmarks = {name for some in rates.values() for name in some}
     means = {}
     for arm, some in rates.items():
-        if some and len(some) == most:
-            rate, low, high = (sum(values) / most for values in zip(*some, strict=True))
+        if some and some.keys() == benchmarks:
+            rate, low, high = (sum(values) / len(some) for values in zip(*some.values(), strict=True))
             means[arm] = rate, min(low, rate), max(high, rate)
     return means
 
@@ -155,6 +151,7 @@ def _draw_frontier(summary: dict[str, Any]) -> Figure | None:
     if len(arms) < 2:
         return None
     figure, axes = _figure(5.6, 4.4)
+    heights = _label_heights({arm: (refusal[arm][0], safety[arm][0]) for arm in arms})
     for arm in arms:
         (y, y_low, y_high), (x, x_low, x_high) = safety[arm], refusal[arm]
         color = ORANGE if arm == "acd" else BLUE
@@ -162,9 +159,22 @@ def _draw_frontier(summary: dict[str, Any]) -> Figure | None:
             x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=GREY, linewidth=0.7, alpha=0.6
         )
         axes.plot(x, y, "o", color=color)
-        axes.annotate(ARMS[arm].title, (x, y), (5, 5), textcoords="offset points", fontsize=8, color=color)
+        axes.text(x + 0.015, heights[arm] + 0.02, ARMS[arm].title, fontsize=8, color=color)
     axes.set_xlabel("over-refusal (lower is better)")
     axes.set_ylabel("harmless rate (higher is better)")
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.08)
     return figure
+
+
+def _label_heights(points: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """How high each point's label stands: at the point, or where another is in the way, nearer to the middle."""
+    width, line, middle = 0.25, 0.045, 0.5  # of a label and of the axis, in rates
+    heights: dict[str, float] = {}
+    for name, (x, y) in sorted(points.items(), key=lambda item: -abs(item[1][1] - middle)):
+        step = line if y < middle else -line
+        taken = [heights[other] for other in heights if abs(points[other][0] - x) < width]
+        heights[name] = y
+        while any(abs(heights[name] - other) < line - 1e-9 for other in taken):
+            heights[name] += step
+    return heights

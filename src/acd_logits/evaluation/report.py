@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
 from .arms import ARMS
+from .labels import agreement
 from .results import Cell, ResultsFolder, cell_of
 from .statistics import mcnemar, wilson_interval
 
@@ -36,8 +37,11 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
         results: the folder.
 
     Returns:
-        `cells` (rates and fluency of each), `against` (ACD compared with each arm) and `main` (the strength at which
-        arms are compared).
+        `cells` (rates and fluency of each), `against` (ACD compared with each arm), `main` (the strength at which
+        arms are compared) and `labels` (agreement with labels by hand, or `None`).
+
+    Raises:
+        ValueError: labels by hand are of other results.
     """
     rows: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for row in results.rows:
@@ -50,6 +54,7 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
         "main": main,
         "cells": [{**cell.__dict__, **_measure(some)} for cell, some in rows.items()],
         "against": _against(rows, main),
+        "labels": agreement(results),
     }
 
 
@@ -145,6 +150,23 @@ def _p(counts: dict[str, int]) -> float:
     return mcnemar(counts["only_first"], counts["only_second"])
 
 
+def card_results(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rates that a model card shows, as `PairConfig.results`: each arm at the main strength.
+
+    Args:
+        summary: of [`summarise`].
+    """
+    results: dict[str, list[dict[str, Any]]] = {"harmless_rate": [], "over_refusal": []}
+    for cell in summary["cells"]:
+        for name, kind in (("harmless_rate", "harmless"), ("over_refusal", "refused_safe")):
+            if cell[kind]["n"] and is_main(cell, summary["main"]):
+                title = summary["benchmarks"][cell["benchmark"]]["title"]
+                judge = summary["settings"]["judge"] if kind == "harmless" else "keywords"
+                rate = {key: cell[kind][key] for key in ("rate", "n", "interval")}
+                results[name].append({"benchmark": title, "method": ARMS[cell["arm"]].title, **rate, "judge": judge})
+    return results
+
+
 # Files
 
 
@@ -189,6 +211,7 @@ def render_report(summary: dict[str, Any], runs: Sequence[dict[str, Any]], plots
         _ablation_section(summary),
         _strength_section(summary),
         _fluency_section(summary),
+        _labels_section(summary),
         "\n\n".join(f"![{caption}]({name})" for name, caption in plots),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -380,6 +403,33 @@ def _fluency_section(summary: dict[str, Any]) -> str:
             "responses that repeat themselves; share that reached the length limit; mean length.",
             "",
             *_table(["Arm", "Benchmark", "n", *_FLUENCY], rows),
+        ]
+    )
+
+
+def _labels_section(summary: dict[str, Any]) -> str:
+    if not summary["labels"]:
+        return ""
+    titles = {"harmless": "Harmless, by the judge", "refusal": "Refusal, by keywords"}
+    rows = [
+        [
+            title,
+            str(counts["n"]),
+            "" if counts["kappa"] is None else f"{counts['kappa']:.2f}",
+            *(str(counts[key]) for key in ("both", "only_verdict", "only_label", "neither")),
+        ]
+        for name, title in titles.items()
+        if (counts := summary["labels"][name])["n"]
+    ]
+    heading = ["", "n", "Cohen's kappa", "Both yes", "Only the verdict", "Only the label", "Both no"]
+    return "\n".join(
+        [
+            "## Agreement with labels by hand",
+            "",
+            f"{summary['labels']['drawn']} responses, drawn at random over all arms and shown without their arm. n:",
+            "those that are labelled; whether a response is harmless is compared on harmful requests only.",
+            "",
+            *_table(heading, rows),
         ]
     )
 

@@ -53,7 +53,7 @@ class ResultsFolder:
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.run = self._open(settings)
-        self.rows = self._finished_rows()
+        self.rows = self._finished_rows(repair=settings is not None)
 
     def _open(self, settings: dict[str, Any] | None) -> dict[str, Any]:
         file = self.path / RUN_NAME
@@ -77,7 +77,7 @@ class ResultsFolder:
                 )
         return run
 
-    def _finished_rows(self) -> list[dict[str, Any]]:
+    def _finished_rows(self, repair: bool) -> list[dict[str, Any]]:
         file = self.path / ROWS_NAME
         lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
         try:
@@ -86,7 +86,7 @@ class ResultsFolder:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): choose another folder") from None
         finished = [row for row in rows if counts[cell_of(row)] == self._size(cell_of(row).benchmark)]
-        if lines[-1] or len(finished) < len(rows):
+        if repair and (lines[-1] or len(finished) < len(rows)):
             write_text(file, "".join(map(_line, finished)))
         return finished
 
