@@ -183,3 +183,13 @@ def fails(capsys, monkeypatch):
         return captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def paths(tokenizer, tmp_path_factory):
+    """Folders of a model, with the test file's tokenizer, and of its pair."""
+    folder = tmp_path_factory.mktemp("paths")
+    build_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    build_pair(vocab_size=VOCAB).save_pretrained(folder / "pair")
+    return str(folder / "model"), str(folder / "pair")

@@ -40,16 +40,6 @@ def tokenizer():
     return build_tokenizer(vocabulary, unk_token="<pad>", **names)
 
 
-@pytest.fixture(scope="module")
-def paths(tokenizer, tmp_path_factory):
-    """Folders of a model and of its pair."""
-    folder = tmp_path_factory.mktemp("harness")
-    build_model().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    build_pair(vocab_size=VOCAB).save_pretrained(folder / "pair")
-    return str(folder / "model"), str(folder / "pair")
-
-
 def build(paths, **kwargs):
     arguments = {"pair": paths[1], "device": "cpu", "batch_size": 4} | kwargs
     return get_model("acd")(pretrained=paths[0], **arguments)

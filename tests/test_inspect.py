@@ -28,16 +28,6 @@ def tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def paths(tokenizer, tmp_path_factory):
-    """Folders of a model and of its pair."""
-    folder = tmp_path_factory.mktemp("inspect")
-    build_model().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    build_pair(vocab_size=VOCAB).save_pretrained(folder / "pair")
-    return str(folder / "model"), str(folder / "pair")
-
-
 def build(paths, method, pair=True, **kwargs):
     model, learned = paths
     arguments = {"pair": learned} if pair else {}

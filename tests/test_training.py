@@ -538,7 +538,8 @@ def test_a_run_goes_on_from_another_pair(tokenizer, tmp_path):
 
     build_pair(n_s=5, n_a=3, seed=2, vocab_size=VOCAB).save_pretrained(tmp_path / "first")
     with pytest.raises(ValueError, match="holds a run with another init_pair"):
-        train_pair(build_model(), tokenizer, anchor_tokens(tokenizer), options, arguments)
+        again = build_options(init_pair=str(tmp_path / "first"), adversarial_epochs=0.0)
+        train_pair(build_model(), tokenizer, anchor_tokens(tokenizer), again, arguments)
 
 
 def test_a_pair_to_go_on_from_must_fit(tokenizer, tmp_path):

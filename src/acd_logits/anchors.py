@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from .evaluation.refusal import is_refusal
 from .evaluation.responses import check_context, encode_messages, generate_batch
-from .files import write_text
+from .files import write_jsonl
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, shipped_folder, system_prompt_ids
 
 if TYPE_CHECKING:
@@ -131,10 +131,6 @@ def _read_jsonl(path: Path, required: tuple[str, ...]) -> list[tuple[int, dict[s
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows
-
-
-def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # Sampling responses
@@ -382,7 +378,7 @@ def build_anchors(
     partial_file = output_file.with_name(output_file.name + ".partial.jsonl")
     samples = sample_responses(model, tokenizer, instructions or load_instructions(), partial_file, settings)
     anchors = split_responses(samples, refusals or load_refusals(), per_instruction, settings.seed)
-    _write_jsonl(output_file, anchors)
+    write_jsonl(output_file, anchors)
     partial_file.unlink()
     return anchors
 
@@ -658,5 +654,5 @@ def write_generated(output_file: Path, instructions: Iterator[dict[str, str]]) -
         raise
     finally:
         if rows:
-            _write_jsonl(output_file, rows)
+            write_jsonl(output_file, rows)
     return len(rows)

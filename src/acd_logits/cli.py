@@ -30,6 +30,7 @@ from . import __version__
 from .demo_model import DEMO_MODEL, resolve_model_name
 from .evaluation.arms import ARMS
 from .evaluation.benchmarks import KNOWN
+from .prompts import MANUAL_TEXTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from .evaluation.results import Cell, ResultsFolder
     from .logits_process import ACDLogitsProcessor
     from .prompt_pair import PromptPair
-
-MANUAL_TEXTS = "text"  # what --pair calls the two manual prompts
 
 
 class CommandError(Exception):
@@ -367,7 +366,6 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw N responses into labels.jsonl, to label by hand; the report then says how far the judge agrees",
     )
-
     parser.add_argument(
         "--update_card",
         type=Path,
@@ -512,7 +510,7 @@ def _benchmark_specs(args: argparse.Namespace) -> list[tuple[str, Label | None]]
 
 def _check_evaluation(args: argparse.Namespace) -> None:
     for name in ("revision", "transfer"):
-        if getattr(args, name) and args.pair in (None, MANUAL_TEXTS):
+        if getattr(args, name) and _pair_name(args) == MANUAL_TEXTS:
             raise CommandError(f"--{name} is about the pair and needs --pair")
     if args.judge_url and not args.judge.startswith("llm:"):
         raise CommandError("--judge_url needs --judge llm:NAME")
@@ -833,7 +831,7 @@ def _load_model(
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
-    if args.revision and args.pair in (None, MANUAL_TEXTS):
+    if args.revision and _pair_name(args) == MANUAL_TEXTS:
         raise CommandError("--revision is the pair's and needs --pair")
     if not args.do_sample and (args.temperature is not None or args.top_p is not None):
         raise CommandError("--temperature and --top_p need --do_sample")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 
@@ -25,3 +27,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file in one step, as [`write_text`]."""
+    write_text(path, "".join(map(json_line, rows)))
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """A row as a line of a JSONL file."""
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+MANUAL_TEXTS = "text"  # in place of a pair's name: the two prompts below
+
 SAFE_PROMPT = (
     "You are a careful, honest and friendly assistant. Help as much as you can while staying safe. Never give "
     "instructions, code, advice or stories that could hurt people, break the law, spread hate or lies, or invade "

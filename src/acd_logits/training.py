@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -40,6 +41,7 @@ from transformers.utils import logging
 from . import __version__
 from .anchors import SPLITS, load_anchor_data, split_held_out
 from .demo_model import DEMO_MODEL, DEMO_MODEL_ID, resolve_model_name
+from .evaluation.responses import encode_messages
 from .files import write_text
 from .paired import reuses_prefix
 from .prompt_pair import STREAMS, PromptPair, base_model
@@ -139,8 +141,9 @@ class OPOArguments:
         """
         return _read_text(self.safe_prompt_file, SAFE_PROMPT), _read_text(self.opposite_prompt_file, OPPOSITE_PROMPT)
 
+    @functools.cached_property
     def start(self) -> PromptPair | None:
-        """The pair to go on from.
+        """The pair to go on from, loaded once: what is recorded of it is what is trained.
 
         Raises:
             OSError, ValueError: it cannot be loaded.
@@ -195,11 +198,8 @@ def encode_pair(
     Returns:
         Prompt tokens and response tokens.
     """
-    if chat:
-        turn = [{"role": "user", "content": instruction}]
-        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        prompt = tokenizer(instruction)["input_ids"]
+    turn = {"role": "user", "content": instruction}
+    prompt = encode_messages(tokenizer, [turn]) if chat else tokenizer(instruction)["input_ids"]
     # On its own: the model writes its response from the generation prompt on, token by token
     tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
     end = end_of_turn(tokenizer, chat) if finished else None
@@ -568,7 +568,7 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> tuple[str, PreTra
     pairs = AnchorTokens(*(encode_anchors(part, tokenizer, chat, options.max_response_tokens) for part in parts))
     pairs.held_out.sort(key=lambda e: len(e["input_ids"]))  # prompts of like length in a batch save padding
     _check_splits(pairs)
-    if start := options.start():
+    if start := options.start:
         longest = max(len(start.safeguarding), len(start.adversarial))
     else:
         longest = max(len(system_prompt_ids(tokenizer, text)) for text in texts)
@@ -668,7 +668,7 @@ def initial_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         OSError: the other pair cannot be loaded.
         ValueError: it does not fit the model.
     """
-    if start := options.start():
+    if start := options.start:
         start.check(model)
         config = dataclasses.replace(start.config, results={})  # which were measured on that pair
         return PromptPair(start.safeguarding.float(), start.adversarial.float(), config)
@@ -699,7 +699,7 @@ def training_settings(
         "model_revision": options.model_revision,
         "chat": uses_chat(options, tokenizer),
         **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),
-        "init_pair": start.digest if (start := options.start()) else None,
+        "init_pair": start.digest if (start := options.start) else None,
         **{name: getattr(options, name) for name in (*ours, *weights)},
         **{name: getattr(args, name) for name in (*run, *optimiser, *order, "bf16", "fp16", *kept)},
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),

@@ -24,6 +24,7 @@ from ..demo_model import resolve_model_name
 from ..logits_process import ACDLogitsProcessor, check_alpha, check_beta, contrast
 from ..paired import CACHE_NAMES, PairedCache
 from ..prompt_pair import PromptPair
+from ..prompts import MANUAL_TEXTS
 from .comparison import check_pair
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class ACDLM(HFLM):
             if kwargs.get(option):
                 raise ValueError(f"the model acd cannot apply its contrast under {option}: leave it out.")
         if isinstance(pair, str):
-            pair = None if pair == "text" else PromptPair.from_pretrained(pair)
+            pair = None if pair == MANUAL_TEXTS else PromptPair.from_pretrained(pair)
         if isinstance(pretrained, str):
             pretrained = resolve_model_name(pretrained)
         # What `_get_backend` checks, once the model's config is there

@@ -18,7 +18,7 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files import write_jsonl
 from .statistics import cohen_kappa
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def draw(results: ResultsFolder, n: int, seed: int) -> Path:
         {"line": line, **{key: results.rows[line][key] for key in ("request", "response")}, **dict.fromkeys(QUESTIONS)}
         for line in lines
     ]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn))
+    write_jsonl(path, drawn)
     return path
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files import json_line, write_jsonl, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +87,7 @@ class ResultsFolder:
             raise ValueError(f"{file} is damaged ({error}): choose another folder") from None
         finished = [row for row in rows if counts[cell_of(row)] == self._size(cell_of(row).benchmark)]
         if repair and (lines[-1] or len(finished) < len(rows)):
-            write_text(file, "".join(map(_line, finished)))
+            write_jsonl(file, finished)
         return finished
 
     def _size(self, benchmark: str) -> int | None:
@@ -132,7 +132,7 @@ class ResultsFolder:
         """Write the rows of a finished cell."""
         complete = [{**cell.__dict__, **row} for row in rows]
         with (self.path / ROWS_NAME).open("a", encoding="utf-8") as file:
-            file.write("".join(map(_line, complete)))
+            file.write("".join(map(json_line, complete)))
             file.flush()
             os.fsync(file.fileno())
         self.rows.extend(complete)
@@ -141,7 +141,3 @@ class ResultsFolder:
 def cell_of(row: dict[str, Any]) -> Cell:
     """The cell that a row belongs to."""
     return Cell(row["benchmark"], row["arm"], row["alpha"], row["beta"])
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
