@@ -16,6 +16,8 @@ The arms answer the same random prompts, greedily and without an end-of-sequence
 - `plain`: the prompt alone.
 - `acd`: [SP; prompt] and [AP; prompt] with random soft prompts and the default alpha and beta. The processor is kept
   between calls, as in use, so the soft prompts' keys and values are there already: they are computed in the warm-up.
+- `shared`: the same with one copy of the prompt's keys and values for both streams (`share_instruction_kv`).
+- `horizon`: ACD that contrasts the first 16 new tokens.
 - `guidance`: the prompt, and a negative prompt (100 tokens by default, and the prompt), which is as long as ACD's
   adversarial stream. Its other stream has no soft prompt, so it is shorter than ACD's. transformers computes the
   negative prompt anew in each call, one forward for each stream, with the logits of all its tokens.
@@ -23,7 +25,8 @@ The arms answer the same random prompts, greedily and without an end-of-sequence
 Plain and guidance run while ACD's hooks are on the model, where they pass everything through (some microseconds).
 
 Columns: time to the first token (with the prefill of all streams), decode time per token after the first, wall time
-of the whole generate call, and its peak memory above the level before it. Times are medians over the repeats. A ratio
+of the whole generate call, the memory of the cache it returns (guidance returns one of its two), and its peak memory
+above the level before it. Times are medians over the repeats. A ratio
 compares an arm with plain in the same repeat: median (minimum to maximum). Memory (allocated on CUDA, resident on
 Linux) is measured in a call of its own with a new processor, so the soft prompts' keys and values are included.
 """
@@ -32,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import platform
@@ -70,12 +74,13 @@ METRICS = ("first_token_s", "decode_s_per_token", "call_s")
 
 @dataclass
 class Setup:
-    """What all cells share."""
+    """What all cells have in common."""
 
     model: PreTrainedModel
     pair: PromptPair
     new_tokens: int
     repeats: int
+    arms: list[str]
 
 
 def plain_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
@@ -86,6 +91,18 @@ def plain_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
 def acd_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
     """ACD with a new processor."""
     return {"logits_processor": [ACDLogitsProcessor(setup.model, setup.pair)]}
+
+
+def shared_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
+    """ACD with a shared instruction, as if the pair had been trained so."""
+    config = dataclasses.replace(setup.pair.config, share_instruction_kv=True)
+    pair = PromptPair(setup.pair.safeguarding, setup.pair.adversarial, config)
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, pair)]}
+
+
+def horizon_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
+    """ACD that goes on with SP alone after 16 new tokens."""
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, setup.pair, horizon=16)]}
 
 
 def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
@@ -103,6 +120,8 @@ def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
 ARMS: dict[str, Callable[[Setup, torch.Tensor], dict[str, Any]]] = {
     "plain": plain_arguments,
     "acd": acd_arguments,
+    "shared": shared_arguments,
+    "horizon": horizon_arguments,
     "guidance": guidance_arguments,
 }
 
@@ -143,15 +162,19 @@ def generate(setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any]) -> d
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=setup.new_tokens,
         stopping_criteria=[clock],
+        return_dict_in_generate=True,
         **arguments,
     )
     end = now(prompt.device)
-    new_tokens = output.shape[1] - prompt.shape[1]
+    new_tokens = output.sequences.shape[1] - prompt.shape[1]
     if not new_tokens == len(clock.times) == setup.new_tokens:
         raise RuntimeError(f"made {new_tokens} tokens in {len(clock.times)} steps instead of {setup.new_tokens}")
     decode = (clock.times[-1] - clock.times[0]) / (new_tokens - 1)
     values = (clock.times[0] - start, decode, end - start)
-    return {**dict(zip(METRICS, values, strict=True)), "new_tokens": new_tokens}
+    cache_bytes = sum(
+        kv.untyped_storage().nbytes() for c in output.past_key_values.layers for kv in (c.keys, c.values)
+    )
+    return {**dict(zip(METRICS, values, strict=True)), "new_tokens": new_tokens, "cache_bytes": cache_bytes}
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
@@ -181,25 +204,26 @@ def resident_bytes(field: str) -> int:
 def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: Any) -> dict[str, Any]:
     """Measure every arm at one batch size and prompt length."""
     prompt = random_ids(setup.model, batch_size, prompt_length)
-    arguments = {arm: make(setup, prompt) for arm, make in ARMS.items()}
-    for arm in ARMS:
+    arguments = {arm: ARMS[arm](setup, prompt) for arm in setup.arms}
+    for arm in setup.arms:
         generate(setup, prompt, arguments[arm])  # warm-up
-    runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    names = list(ARMS)
+    runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in setup.arms}
+    names = setup.arms
     for repeat in range(setup.repeats):
         first = repeat % len(names)
         for arm in names[first:] + names[:first]:
             runs[arm].append(generate(setup, prompt, arguments[arm]))
             progress.update()
-    for arm in ARMS:
+    for arm in setup.arms:
         detach(arguments[arm])
     arms = {
         arm: {
+            "cache_bytes": runs[arm][-1]["cache_bytes"],
             "peak_bytes": measure_peak(setup, prompt, arm),
             "summary": {metric: summarise(runs[arm], runs["plain"], metric) for metric in METRICS},
             "runs": runs[arm],
         }
-        for arm in ARMS
+        for arm in setup.arms
     }
     return {"batch_size": batch_size, "prompt_length": prompt_length, "arms": arms}
 
@@ -250,7 +274,7 @@ def load_setup(args: argparse.Namespace) -> Setup:
             embed(random_ids(model, length)) for length in (args.num_virtual_tokens, args.adversarial_tokens)
         )
     pair = PromptPair(safeguarding=safeguarding, adversarial=adversarial)
-    return Setup(model, pair, args.new_tokens, args.repeats)
+    return Setup(model, pair, args.new_tokens, args.repeats, args.arms)
 
 
 def describe_environment(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
@@ -282,8 +306,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines = [
         "; ".join(facts) + ".\n",
-        "| batch | prompt | arm | first token, ms | ratio | decode, ms/token | ratio | call, s | ratio | peak, MiB |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| batch | prompt | arm | first token, ms | ratio | decode, ms/token | ratio | call, s | ratio | cache, MiB "
+        "| peak, MiB |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
         for arm, measured in cell["arms"].items():
@@ -293,6 +318,7 @@ def table(result: dict[str, Any]) -> str:
                 ratio = summary["ratio_to_plain"]
                 columns.append(f"{summary['median'] * scale:.{digits}f}")
                 columns.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+            columns.append(f"{measured['cache_bytes'] / 2**20:.1f}")
             peak = measured["peak_bytes"]
             columns.append("n/a" if peak is None else f"{peak / 2**20:.0f}")
             lines.append(f"| {' | '.join(columns)} |")
@@ -324,6 +350,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adversarial_tokens", type=positive, metavar="N", help="length of AP (default: as SP)")
     parser.add_argument("--batch_sizes", type=positive, nargs="+", default=[1, 4, 8], metavar="N")
     parser.add_argument("--prompt_lengths", type=positive, nargs="+", default=[30], metavar="N")
+    parser.add_argument(
+        "--arms", choices=ARMS, nargs="+", default=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}"
+    )
     parser.add_argument("--new_tokens", type=at_least(2), default=40, metavar="N")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N")
     parser.add_argument("--output_file", type=Path, metavar="FILE", help="write all measurements here as JSON")
@@ -332,6 +361,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table and write the JSON file."""
+    if args.arms[0] != "plain":
+        raise CommandError("the first of --arms must be plain, which the others are compared with")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("no CUDA device is available")
     if args.output_file and not args.output_file.parent.is_dir():
@@ -347,7 +378,7 @@ def run(args: argparse.Namespace) -> None:
         "settings": {name: getattr(args, name) for name in names},
         "cells": [],
     }
-    with tqdm(total=len(cells) * args.repeats * len(ARMS), file=sys.stderr, unit="call") as progress:
+    with tqdm(total=len(cells) * args.repeats * len(args.arms), file=sys.stderr, unit="call") as progress:
         for cell in cells:
             result["cells"].append(measure_cell(setup, *cell, progress))
             if args.output_file:  # after each cell: a long run that is cut short leaves what it has

@@ -49,3 +49,26 @@ class ReferenceProcessor(LogitsProcessor):
                 safe = safe.log_softmax(-1) if self.beams else safe
             rows.append(safe)
         return torch.cat(rows)
+
+
+def shared_logits(model, soft, ids, prompt_length):
+    """Logits `[len(ids), vocab]` behind every token of [soft; ids], the prompt's last one and later seeing soft."""
+    n, length = len(soft), len(soft) + len(ids)
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    sees[n : n + prompt_length - 1, :n] = False
+    mask = torch.zeros(1, 1, length, length).masked_fill(~sees, torch.finfo(torch.float32).min)
+    embeds = torch.cat([soft, model.get_input_embeddings()(ids)])[None]
+    positions = torch.arange(-n, len(ids))[None]
+    return model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits[0, n:]
+
+
+class SharedReference(ReferenceProcessor):
+    """The same with the soft prompts hidden from the prompt, but for its last token; generate starts from ids."""
+
+    def stream(self, soft, row, ids):
+        prompt_length = self.start
+        if self.mask is not None:
+            real = torch.nn.functional.pad(self.mask[row], (0, len(ids) - self.mask.shape[1]), value=1) == 1
+            prompt_length, ids = prompt_length - int((~real).sum()), ids[real]
+        with torch.no_grad():
+            return shared_logits(self.model, soft, ids, prompt_length)[-1:]

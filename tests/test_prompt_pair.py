@@ -1,5 +1,6 @@
 """The artifact: saving, loading, checking, and every way it can be wrong."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -105,6 +106,19 @@ class TestCheck:
         model.config._name_or_path = model.name_or_path = "org/other"
         build_pair(base_model_name_or_path="org/tiny").check(model)
         assert "made for org/tiny, the model is org/other" in caplog.text
+
+    def test_another_chat_template_warns(self, tokenizer, caplog):
+        logging.enable_propagation()
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        seen = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        build_pair(chat_template_sha256=seen).check_chat_template(tokenizer)
+        build_pair().check_chat_template(tokenizer)  # of manual texts, say
+        assert not caplog.text
+        for template in ("{{ messages }}", None):
+            tokenizer.chat_template = template
+            build_pair(chat_template_sha256=seen).check_chat_template(tokenizer)
+            assert "trained with another chat template" in caplog.text
+            caplog.clear()
 
     @pytest.mark.parametrize("name", ["org/tiny", "/models/Tiny"])
     def test_the_same_base_model_does_not_warn(self, model, caplog, name):

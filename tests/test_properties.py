@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from acd_logits import ACDLogitsProcessor
 from conftest import assert_same, build_batch, build_model, build_pair
-from reference import ReferenceProcessor
+from reference import ReferenceProcessor, SharedReference
 
 NAMES = ("llama", "mistral_sliding", "bloom", "gpt2")
 MODELS = {name: build_model(name) for name in NAMES}
@@ -37,12 +37,14 @@ def test_any_call_equals_the_reference(data):
     elif data.draw(st.booleans(), "chunked"):
         extra["prefill_chunk_size"] = data.draw(st.integers(1, 6), "chunk")
 
+    share = name == "llama" and data.draw(st.booleans(), "shared instruction")
     batch = build_batch(lengths, seed=data.draw(st.integers(0, 99), "seed"))
     kwargs = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False, "max_new_tokens": 7}
     mask = batch["attention_mask"].repeat_interleave(beams, dim=0)
-    reference = ReferenceProcessor(UNTOUCHED[name], pair, per_row, beta, horizon, beams=beams > 1, mask=mask)
+    slow = SharedReference if share else ReferenceProcessor
+    reference = slow(UNTOUCHED[name], pair, per_row, beta, horizon, beams=beams > 1, mask=mask)
     expected = UNTOUCHED[name].generate(**batch, logits_processor=[reference], num_beams=beams, **kwargs)
-    acd = ACDLogitsProcessor(MODELS[name], pair, alpha, beta, horizon)
+    acd = ACDLogitsProcessor(MODELS[name], pair, alpha, beta, horizon, share_instruction_kv=share)
     try:
         got = MODELS[name].generate(**batch, logits_processor=[acd], num_beams=beams, **kwargs, **extra)
     finally:

@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Cache, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
+from transformers.utils import logging
 
 from .paired import CACHE_NAMES, PairedCache, PairedStreams, forward_hook, pre_forward_hook, roomier
 from .prompt_pair import PromptPair, base_model
+from .shared import SharedStreams
 
 if TYPE_CHECKING:
     import os
 
     from torch.utils.hooks import RemovableHandle
     from transformers import GenerationConfig, PreTrainedModel
+
+
+logger = logging.get_logger(__name__)
 
 
 def contrast(
@@ -64,6 +69,9 @@ class ACDLogitsProcessor(LogitsProcessor):
         beta: keep tokens with `P_S >= beta * max P_S`; 0 is eq. 5 alone. Default: the pair's.
         horizon: contrast the first `horizon` new tokens, then go on with the safeguarding stream alone at the cost
             of plain decoding; `None` contrasts all.
+        share_instruction_kv: keep one copy of the prompt's keys and values for both streams (see `shared.py`): its
+            prefill and its memory cost what plain generation's do. Exact for a pair that was trained so, and an
+            approximation for any other. Default: as the pair was trained.
 
     Raises:
         ValueError: for a value out of range, a pair that does not fit the model, or a model ACD cannot run on.
@@ -88,6 +96,7 @@ class ACDLogitsProcessor(LogitsProcessor):
         alpha: float | torch.Tensor | None = None,
         beta: float | None = None,
         horizon: int | None = None,
+        share_instruction_kv: bool | None = None,
     ) -> None:
         self.alpha = check_alpha(pair.alpha if alpha is None else alpha)
         self.beta = check_beta(pair.beta if beta is None else beta)
@@ -96,7 +105,15 @@ class ACDLogitsProcessor(LogitsProcessor):
         self.model = base_model(model)
         check_model(self.model)
         pair.check(self.model)
-        self.streams = PairedStreams(self.model, pair.safeguarding, pair.adversarial)
+        trained = pair.config.share_instruction_kv
+        share = trained if share_instruction_kv is None else share_instruction_kv
+        if share != trained:
+            logger.warning(
+                f"This prompt pair was trained {'with' if trained else 'without'} share_instruction_kv and is used "
+                f"{'with' if share else 'without'} it: it may protect less."
+            )
+        streams = SharedStreams if share else PairedStreams
+        self.streams = streams(self.model, pair.safeguarding, pair.adversarial)
         _attach(self)
 
     @classmethod
@@ -108,6 +125,7 @@ class ACDLogitsProcessor(LogitsProcessor):
         alpha: float | torch.Tensor | None = None,
         beta: float | None = None,
         horizon: int | None = None,
+        share_instruction_kv: bool | None = None,
         **kwargs: Any,
     ) -> ACDLogitsProcessor:
         """Load a pair from a folder or the Hub and build the processor.
@@ -118,10 +136,11 @@ class ACDLogitsProcessor(LogitsProcessor):
             alpha: see the class.
             beta: see the class.
             horizon: see the class.
+            share_instruction_kv: see the class.
             **kwargs: passed to `PromptPair.from_pretrained` (`revision`, `subfolder`, `token`, ...).
         """
         pair = PromptPair.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(model, pair, alpha=alpha, beta=beta, horizon=horizon)
+        return cls(model, pair, alpha=alpha, beta=beta, horizon=horizon, share_instruction_kv=share_instruction_kv)
 
     def detach(self) -> None:
         """Restore the model fully, if no other processor uses it. This one raises if it is used afterwards."""
@@ -260,6 +279,8 @@ def _paired_cache(
         same = zip(known.streams.prompts, acd.streams.prompts, strict=True)
         if known.streams.model is not acd.model or not all(torch.equal(a, b) for a, b in same):
             raise ValueError("past_key_values was filled under another model or prompt pair.")
+        if type(known.streams) is not type(acd.streams):
+            raise ValueError("past_key_values was filled under another share_instruction_kv.")
         if not known.is_intact():
             raise ValueError(
                 "past_key_values was changed outside ACD, or left half-written by an error: start again without it, "
@@ -269,7 +290,7 @@ def _paired_cache(
     elif cache is None:
         if generation_config.use_cache:
             raise ValueError(f"{type(acd.model).__name__} does not keep its state in a transformers Cache.")
-        paired = PairedCache(acd.streams, None)
+        paired = acd.streams.make_cache(None)
     else:
         if not all(_is_empty(layer) for layer in cache.layers):
             raise ValueError(
@@ -278,7 +299,7 @@ def _paired_cache(
             )
         config = acd.model.config.get_text_config(decoder=True)
         inner = roomier(cache, acd.streams.width, config)
-        paired = PairedCache(acd.streams, inner)
+        paired = acd.streams.make_cache(inner)
         if getattr(cache, "_is_user_defined", False):
             if inner is not cache:
                 raise ValueError(

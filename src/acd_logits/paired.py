@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
+_SPARE = 64  # tokens that a cache grows by: it is copied once in so many steps
+
 CACHE_NAMES = ("past_key_values", "cache_params")
 
 # What a paired forward may carry besides non-tensors; any other tensor would need a meaning in the other stream
@@ -79,11 +81,15 @@ class PairedStreams:
                 with torch.no_grad():
                     streams = [self._run_prompt(prompt, device) for prompt in self.prompts]
                     layers = [
-                        (_stack(safe[0], adversarial[0]), _stack(safe[1], adversarial[1]))
+                        (self._join(safe[0], adversarial[0]), self._join(safe[1], adversarial[1]))
                         for safe, adversarial in zip(*streams, strict=True)
                     ]
                 self._stored = (state, layers)
             return self._stored[1]
+
+    def make_cache(self, inner: Cache | None) -> PairedCache:
+        """The cache of one call, as of [`PairedCache`]."""
+        return PairedCache(self, inner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PairedStreams:
         return self  # a copy of a conversation's cache goes on with the same model and prompts
@@ -94,10 +100,18 @@ class PairedStreams:
         # A null prompt has no keys: run one token for their shape and crop it off again
         token = self.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=device))
         embeds = prompt.to(token)[None] if len(prompt) else token
-        self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **self._positions(embeds))
         if not len(prompt):
             cache.crop(-1)
         return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _positions(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Position ids of a soft prompt, where they are not the model's own, from 0 on."""
+        return {}
+
+    def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
+        """`[2, heads, W, head_dim]`."""
+        return _stack(safe, adversarial)
 
 
 class PairedCache(Cache):
@@ -148,7 +162,7 @@ class PairedCache(Cache):
         """Whether the inner cache holds what this object knows of: no crop, reset or exception came in between."""
         if self.interrupted or self.inner is None or not self.seen:
             return not self.interrupted
-        rows, length = len(self._lengths()) * self.rows, self.streams.width + self.seen
+        rows, length = self._size()
         attention = [layer for layer in self.inner.layers if isinstance(layer, DynamicLayer | StaticLayer)]
         return all(int(layer.get_seq_length()) == length and len(layer.keys) == rows for layer in attention)
 
@@ -204,7 +218,7 @@ class PairedCache(Cache):
         """Keep the given rows only."""
         both = self._both(indices)
         self.pads = None if self.pads is None else self.pads[indices]
-        self.rows = len(both) // (1 if self.alone else 2)
+        self.rows = len(both) * self.rows // self._size()[0]
         if self.inner is not None:
             self.inner.batch_select_indices(both)
 
@@ -229,7 +243,7 @@ class PairedCache(Cache):
 
     # ----- the paired forward -----
 
-    def pair(self, call: dict[str, Any], name: str) -> _PairedCall:
+    def pair(self, call: dict[str, Any], name: str) -> PairedCall:
         """The call of 2B rows for a call of B rows.
 
         Args:
@@ -239,7 +253,7 @@ class PairedCache(Cache):
         Raises:
             ValueError: for an input that has no meaning in the second stream.
         """
-        _check_pairable(call)
+        check_pairable(call)
         x = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         rows, new = x.shape[:2]
         if self.rows and self.inner is not None and rows != self.rows:
@@ -251,7 +265,7 @@ class PairedCache(Cache):
         if not seen and self.reuses:
             self._write_prompts(x.device)
 
-        paired = _PairedCall(call, cache=self, name=name, new=new)
+        paired = PairedCall(call, cache=self, name=name, new=new)
         paired["return_dict"] = True
         paired[name] = self.inner
         paired["attention_mask"] = self._mask(call.get("attention_mask"), seen + new, x.device)
@@ -275,7 +289,7 @@ class PairedCache(Cache):
             paired["position_ids"] = positions
         return paired
 
-    def split(self, output: ModelOutput, call: _PairedCall) -> ModelOutput:
+    def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:
         """Hand back the S rows of an output of 2B rows, and keep the A rows' logits."""
         both = output.logits[:, -call.new :]
         self.adversarial = None if self.alone else both[self.rows :]
@@ -309,6 +323,10 @@ class PairedCache(Cache):
         return self.adversarial[:, -1 - back]
 
     # ----- rows, slots, masks -----
+
+    def _size(self) -> tuple[int, int]:
+        """Rows and slots of the inner cache."""
+        return len(self._lengths()) * self.rows, self.streams.width + self.seen
 
     def _lengths(self) -> tuple[int, ...]:
         return self.streams.lengths[:1] if self.alone else self.streams.lengths
@@ -395,7 +413,10 @@ class PairedCache(Cache):
         if new_tokens >= self.horizon:
             self.alone = True
             if self.inner is not None:
-                self.inner.reorder_cache(torch.arange(self.rows))
+                self._keep_safeguarding(self.inner)
+
+    def _keep_safeguarding(self, inner: Cache) -> None:
+        inner.reorder_cache(torch.arange(self.rows))
 
     def _visible(self, value: Any, new: int) -> Any:
         """S rows and visible tokens of an output: hidden states `[rows, slots, h]`, attentions `[rows, h, q, k]`."""
@@ -445,15 +466,15 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _buffer(old: torch.Tensor, new: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Room for `stop` tokens and a quarter more, with the `start` tokens of `old` in place."""
+    """Room for `stop` tokens and some more, with the `start` tokens of `old` in place."""
     rows, heads, _, head_dim = new.shape
-    buffer = new.new_empty(rows, heads, stop + max(64, stop // 4), head_dim)
+    buffer = new.new_empty(rows, heads, stop + _SPARE, head_dim)
     if start:
         buffer[..., :start, :] = old
     return buffer
 
 
-class _PairedCall(dict[str, Any]):
+class PairedCall(dict[str, Any]):
     """Keyword arguments of a paired forward. Torch hands this very object to the forward hook."""
 
     def __init__(self, call: dict[str, Any], cache: PairedCache, name: str, new: int) -> None:
@@ -463,7 +484,7 @@ class _PairedCall(dict[str, Any]):
 
 def pre_forward_hook(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[()], _PairedCall] | None:
+) -> tuple[tuple[()], PairedCall] | None:
     """Turn a call that carries a `PairedCache` into a call of 2B rows; leave any other call alone."""
     if args and any(isinstance(value, PairedCache) for value in (*args, *kwargs.values())):
         names = list(inspect.signature(model.forward).parameters)
@@ -481,7 +502,7 @@ def forward_hook(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
 ) -> ModelOutput | None:
     """Hand back the S rows of a paired call's output."""
-    return kwargs.cache.split(output, kwargs) if isinstance(kwargs, _PairedCall) else None
+    return kwargs.cache.split(output, kwargs) if isinstance(kwargs, PairedCall) else None
 
 
 def reuses_prefix(model: PreTrainedModel) -> bool:
@@ -506,7 +527,8 @@ def _cache_layers(model: PreTrainedModel) -> list[Any]:
     return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
 
 
-def _check_pairable(call: dict[str, Any]) -> None:
+def check_pairable(call: dict[str, Any]) -> None:
+    """Raise ValueError for an input that has no meaning in the second stream."""
     for key, value in call.items():
         if isinstance(value, torch.Tensor) and key not in _PAIRABLE:
             raise ValueError(f"ACD cannot pair the model input {key!r}: leave it out.")

@@ -69,6 +69,7 @@ class PairConfig:
         alpha: strength of the contrast (eq. 5) chosen by measurement.
         beta: plausibility threshold chosen by measurement.
         chat_template_sha256: hash of the chat template seen in training.
+        share_instruction_kv: whether the instruction did not see the soft prompt in training (see `shared.py`).
         training: settings the pair was trained with.
         results: measured results, with sample sizes; `model_card` says in which form it shows them.
     """
@@ -82,6 +83,7 @@ class PairConfig:
     alpha: float = 0.5
     beta: float = 0.1
     chat_template_sha256: str | None = None
+    share_instruction_kv: bool = False
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -201,6 +203,12 @@ class PromptPair:
         # A folder and a Hub id of the same model share the last part of their names
         if ours and theirs and Path(ours).name.lower() != Path(theirs).name.lower():
             logger.warning(f"This prompt pair was made for {ours}, the model is {theirs}: it may protect less.")
+
+    def check_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Warn if the tokenizer writes conversations in another form than the pair has seen in training."""
+        ours = self.config.chat_template_sha256
+        if ours is not None and ours != chat_template_digest(tokenizer):
+            logger.warning("This prompt pair was trained with another chat template: it may protect less.")
 
     @classmethod
     def from_pretrained(
@@ -353,6 +361,13 @@ def base_model(model: Any) -> PreTrainedModel:
             raise ValueError(f"this PeftModel brings a {kind} prompt of its own: pass its get_base_model() instead.")
         return model.get_base_model()
     return model
+
+
+def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the tokenizer's chat template; `None` if it has none."""
+    if not tokenizer.chat_template:
+        return None
+    return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
 
 
 def _model_facts(model: PreTrainedModel) -> dict[str, Any]:

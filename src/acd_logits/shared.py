@@ -1,0 +1,234 @@
+"""The shared forward: both streams of ACD over one copy of the instruction (the paper's appendix C).
+
+If the instruction x does not see the soft prompt in front of it, its keys and values are the same in both streams, and
+the same as in plain generation. So one plain prefill computes them, and one copy of them serves both streams. Only
+the last prompt token, which the first new token is predicted from, and the new tokens see the soft prompts. A row of
+the cache holds
+
+    [ x without its last token | SP | AP | last token of S | last token of A | new token of S | new token of A | ... ]
+
+and a decoding step adds two tokens to each of B rows, one per stream, where `paired.py` adds one to each of 2B rows.
+A mask lets a token of one stream see x, its own soft prompt and its own stream's tokens. With rotary embeddings
+the order of the slots does not matter: x has the positions 0 to L - 1 that it has without a soft prompt, and the soft
+prompts of n tokens the positions -n to -1.
+
+For a pair that was trained so (`--share_instruction_kv`) this is exact. With any other pair x would see the soft
+prompt, and this is an approximation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from .paired import PairedCache, PairedCall, PairedStreams, check_pairable, reuses_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+    from transformers.utils import ModelOutput
+
+_BOTH = -1  # in place of a stream: x, which both see
+
+
+class SharedStreams(PairedStreams):
+    """The two soft prompts on one model, at negative positions in front of a shared x.
+
+    Args:
+        model: a decoder-only model with rotary embeddings and full attention.
+        safeguarding: SP, `[n_s, hidden_size]`.
+        adversarial: AP, `[n_a, hidden_size]`.
+
+    Raises:
+        ValueError: the model is another one.
+    """
+
+    def __init__(self, model: PreTrainedModel, safeguarding: torch.Tensor, adversarial: torch.Tensor) -> None:
+        check_shareable(model)
+        super().__init__(model, safeguarding, adversarial)
+
+    def make_cache(self, inner: Cache | None) -> PairedCache:
+        """A cache for one call."""
+        return SharedCache(self, inner)
+
+    def _positions(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"position_ids": torch.arange(-embeds.shape[1], 0, device=embeds.device)[None]}
+
+    def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
+        """`[1, heads, n_s + n_a, head_dim]`."""
+        return torch.cat([safe, adversarial], dim=-2)
+
+
+class SharedCache(PairedCache):
+    """The cache of one `generate` call under ACD with a shared instruction: B rows outside and inside."""
+
+    streams: SharedStreams
+
+    def __init__(self, streams: SharedStreams, inner: Cache | None) -> None:
+        self.shared = 0  # visible tokens that both streams share
+        self.contrasted = 0  # visible tokens of the last forward that they do not
+        super().__init__(streams, inner)
+        if inner is not None and not (self.reuses and isinstance(inner, DynamicCache) and not inner.offloading):
+            raise ValueError(
+                "share_instruction_kv works with a dynamic cache only: leave out cache_implementation and "
+                "past_key_values."
+            )
+
+    def begin_call(
+        self, prompt_length: int, offset: int, horizon: int | None, prompt_mask: torch.Tensor | None
+    ) -> None:
+        """See [`PairedCache.begin_call`]. What is shared is the prompt of a conversation's first call."""
+        super().begin_call(prompt_length, offset, horizon, prompt_mask)
+        if not self.seen:
+            self.shared = max(prompt_length - 1, 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` visible tokens.
+
+        Raises:
+            ValueError: for a positive number, or tokens of the shared instruction.
+        """
+        if self.inner is not None and self.seen + tokens_to_remove <= self.shared and tokens_to_remove:
+            raise ValueError("a shared instruction cannot be cropped: start again without past_key_values.")
+        super().crop(tokens_to_remove)
+        if self.inner is not None and not self.alone:
+            self.inner.crop(tokens_to_remove)  # of the other stream
+
+    # ----- the forward -----
+
+    def pair(self, call: dict[str, Any], name: str) -> PairedCall:
+        """The call of both streams for a call of one; runs what is new of the shared instruction on the way."""
+        check_pairable(call)
+        key = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
+        x = call[key]
+        rows, new = x.shape[:2]
+        if self.rows and self.inner is not None and rows != self.rows:
+            raise ValueError(f"this cache holds {self.rows} rows, but the model was called with {rows}.")
+        if isinstance(call.get("logits_to_keep"), torch.Tensor):
+            raise ValueError("share_instruction_kv takes a number as logits_to_keep.")
+        self.rows = rows
+        self.interrupted = True
+        self._drop_adversarial_rows(call)
+        seen = self.seen if self.inner is not None else 0
+        visible = call.get("attention_mask")
+        if visible is None:
+            visible = torch.ones(rows, seen + new, dtype=torch.long, device=x.device)
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = torch.arange(seen, seen + new, device=x.device)[None]
+        positions = positions.expand(rows, new)
+
+        cache: Any = self.inner
+        if cache is None:
+            cache = DynamicCache(config=self.streams.model.config.get_text_config(decoder=True))
+        together = min(new, max(0, self.shared - seen))
+        paired = PairedCall(call, cache=self, name=name, new=new)
+        paired.update({"return_dict": True, name: cache, "attention_mask": visible, "position_ids": positions})
+        self.contrasted = new - together
+        if not self.contrasted:  # a chunk of the instruction
+            return paired
+        if together:
+            part = {key: x[:, :together], "position_ids": positions[:, :together], name: cache}
+            part["attention_mask"] = visible[:, : seen + together]
+            self.streams.model(**part, use_cache=True, logits_to_keep=1)
+        if seen <= self.shared:
+            self._write_prompts_into(cache, x.device)
+        copies = len(self._lengths())
+        paired[key] = x[:, together:].repeat_interleave(copies, 1)
+        paired["position_ids"] = positions[:, together:].repeat_interleave(copies, 1)
+        paired["attention_mask"] = self._stream_mask(visible)
+        if call.get("logits_to_keep"):
+            paired["logits_to_keep"] = call["logits_to_keep"] * copies
+        return paired
+
+    def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:
+        """Hand back SP's tokens of an output, and keep AP's logits."""
+        self.adversarial = None
+        if self.contrasted:
+            if not self.alone:
+                self.adversarial = output.logits[:, 1::2]
+            for key, value in output.items():
+                output[key] = self._visible(value, call.new)
+        if self.inner is not None:
+            self.seen += call.new
+        output[call.name] = self
+        self.last = self.seen if self.inner is not None else call.new
+        self.interrupted = False
+        return output
+
+    # ----- slots and masks -----
+
+    def _size(self) -> tuple[int, int]:
+        contrasted = self.seen - self.shared
+        if contrasted <= 0:
+            return self.rows, self.seen
+        return self.rows, self.shared + sum(self._lengths()) + contrasted * len(self._lengths())
+
+    def _both(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+
+    def _write_prompts_into(self, cache: Cache, device: torch.device) -> None:
+        """Put the soft prompts behind the shared part of every row; AP, the last of them, not past the horizon."""
+        stop = sum(self._lengths())
+        for index, layer in enumerate(self.streams.key_values(device)):
+            keys, values = (part[:, :, :stop].expand(self.rows, -1, -1, -1) for part in layer)
+            cache.update(keys, values, index)
+
+    def _slots(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stream and visible token of every slot, for `length` visible tokens; soft prompts stand before them all."""
+        streams = torch.arange(len(self._lengths()), device=device)
+        lengths = torch.tensor(self._lengths(), device=device)
+        times = torch.arange(length, device=device)
+        shared, own = times[: self.shared], times[self.shared :]
+        stream = [torch.full_like(shared, _BOTH), streams.repeat_interleave(lengths), streams.repeat(len(own))]
+        time = [shared, torch.full_like(stream[1], -1), own.repeat_interleave(len(streams))]
+        return torch.cat(stream), torch.cat(time)
+
+    def _stream_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """To add to the scores of each stream's last `contrasted` tokens, `[B, 1, queries, slots]`."""
+        stream, time = self._slots(visible.shape[1], visible.device)
+        queries = slice(len(stream) - self.contrasted * len(self._lengths()), None)
+        sees = (stream == _BOTH) | (stream == stream[queries, None])
+        sees &= time <= time[queries, None]
+        shown = torch.cat([visible.new_ones(len(visible), 1), visible], dim=1).bool()[:, time + 1]
+        dtype = self.streams.model.dtype
+        mask = torch.zeros(len(visible), 1, *sees.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~(sees & shown[:, None])[:, None], torch.finfo(dtype).min)
+
+    def _keep_safeguarding(self, inner: Cache) -> None:
+        self.alone = False  # the slots as they still are
+        stream, _ = self._slots(self.seen, torch.device("cpu"))
+        self.alone = True
+        kept = (stream != 1).nonzero()[:, 0]
+        for layer in inner.layers:
+            layer.keys, layer.values = (kv[..., kept.to(kv.device), :] for kv in (layer.keys, layer.values))
+
+    def _visible(self, value: Any, new: int) -> Any:
+        """SP's part of an output: hidden states `[B, queries, h]`, attentions `[B, heads, queries, slots]`."""
+        if isinstance(value, tuple):
+            return tuple(self._visible(item, new) for item in value)
+        if not isinstance(value, torch.Tensor) or value.shape[0] != self.rows or value.ndim < 3:
+            return value
+        copies = len(self._lengths())
+        if value.ndim == 3:
+            return value[:, ::copies]
+        stream, time = self._slots(self.seen + new if self.inner is not None else new, value.device)
+        return value[:, :, ::copies, ((stream <= 0) & (time >= 0)).nonzero()[:, 0]]
+
+
+def check_shareable(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose keys depend on more than the token and its position."""
+    config = model.config.get_text_config(decoder=True)
+    rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+    if not rotary or not reuses_prefix(model):
+        raise ValueError(
+            f"{type(model).__name__} has no rotary embeddings over full attention, which share_instruction_kv needs: "
+            "leave it out."
+        )
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"share_instruction_kv needs a mask of its own, which {config._attn_implementation} attention does not "
+            "take: load the model with attn_implementation='sdpa'."
+        )
