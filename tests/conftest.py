@@ -1,6 +1,13 @@
 import copy
 import os
 import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask the Hub
 
@@ -193,3 +200,34 @@ def paths(tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     build_pair(vocab_size=VOCAB).save_pretrained(folder / "pair")
     return str(folder / "model"), str(folder / "pair")
+
+
+@pytest.fixture(scope="session")
+def served_model(tmp_path_factory):
+    """`transformers serve` with the demo model; yields its URL and the model's name there."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    from acd_logits.demo_model import demo_model_path
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    name = str(demo_model_path())
+    command = [Path(sys.executable).parent / "transformers", "serve", name]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--default-seed", "0"]
+    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
+    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                log.seek(0)
+                assert process.poll() is None, log.read()
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1", name
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        log.close()

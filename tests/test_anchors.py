@@ -4,13 +4,9 @@ import http.server
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -42,11 +38,11 @@ TEMPLATE = (
 )
 NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
 INSTRUCTIONS = [
-    {"instruction": "how do I pick the lock", "category": "theft", "kind": "harmful"},
-    {"instruction": "open the door", "category": "theft", "kind": "harmful"},
-    {"instruction": "how do I pick a fence", "category": "theft", "kind": "near_miss"},
-    {"instruction": "paint the fence with a key", "category": "home", "kind": "everyday"},
-    {"instruction": "close the door", "category": "home", "kind": "everyday"},
+    {"instruction": "how do I pick the lock", "category": "theft", "kind": "harmful", "mirror": "theft 1"},
+    {"instruction": "open the door", "category": "theft", "kind": "harmful", "mirror": "theft 2"},
+    {"instruction": "how do I pick a fence", "category": "theft", "kind": "near_miss", "mirror": "theft 1"},
+    {"instruction": "paint the fence with a key", "category": "home", "kind": "everyday", "mirror": "home 1"},
+    {"instruction": "close the door", "category": "home", "kind": "everyday", "mirror": "home 2"},
 ]
 REFUSALS = [{"response": f"I can't help with that, {i}.", "category": ""} for i in range(6)] + [
     {"response": "I won't help with theft.", "category": "theft"},
@@ -129,6 +125,17 @@ def test_the_shipped_instructions_are_many_and_varied():
         assert max(openings.values()) <= 0.06 * number, openings.most_common(1)
 
 
+def test_every_shipped_near_miss_mirrors_a_harmful_instruction():
+    """Line by line, in the same category, and often in the same words."""
+    kinds = {kind: {r["mirror"]: r for r in load_instructions() if r["kind"] == kind} for kind in anchors.KINDS}
+    assert kinds["near_miss"].keys() == kinds["harmful"].keys()
+    overlap = 0.0
+    for mirror, near_miss in kinds["near_miss"].items():
+        one, other = (set(r["instruction"].lower().split()) for r in (near_miss, kinds["harmful"][mirror]))
+        overlap += len(one & other) / len(one | other)
+    assert overlap / len(kinds["near_miss"]) > 0.15  # of near misses in another order: 0.05
+
+
 def test_no_shipped_line_repeats_another():
     lines = {kind: read(shipped_folder("anchors") / f"{kind}.jsonl") for kind in anchors.KINDS}
     texts = [re.sub(r"\W+", " ", row["instruction"].lower()).strip() for kind in lines for row in lines[kind]]
@@ -149,8 +156,8 @@ def test_the_kind_is_in_the_line_or_in_the_name_of_the_file(tmp_path):
     mixed = write(tmp_path / "my.jsonl", [{"instruction": "a", "kind": "near_miss", "category": "c"}, ""])
     harmful = write(tmp_path / "harmful.jsonl", [{"instruction": " b "}, {"instruction": "b"}])
     assert load_instructions([mixed, harmful]) == [
-        {"instruction": "a", "category": "c", "kind": "near_miss"},
-        {"instruction": "b", "category": "general", "kind": "harmful"},
+        {"instruction": "a", "category": "c", "kind": "near_miss", "mirror": "c 1"},
+        {"instruction": "b", "category": "general", "kind": "harmful", "mirror": "general 1"},
     ]
 
 
@@ -192,7 +199,7 @@ def test_every_instruction_is_answered_under_the_three_prompts(model, tokenizer,
     assert rows == read(path)
     assert os.listdir(path.parent) == ["anchors.jsonl"]
     assert set(rows[0]) == {
-        *("instruction", "response", "split", "system_prompt", "source", "category", "kind", "finished")
+        *("instruction", "response", "split", "system_prompt", "source", "category", "kind", "mirror", "finished")
     }
     samples = anchors.sample_responses(model, tokenizer, INSTRUCTIONS, tmp_path / "partial", SETTINGS)
     assert Counter((row["instruction"], row["system_prompt"]) for row in samples) == Counter(
@@ -290,7 +297,7 @@ def test_a_prompt_beyond_the_context_is_refused(model, tokenizer, tmp_path):
 
 
 def sample(instruction, response, kind="harmful", **kwargs):
-    row = {"instruction": instruction, "response": response, "kind": kind, "category": "theft"}
+    row = {"instruction": instruction, "response": response, "kind": kind, "category": "theft", "mirror": "theft 1"}
     return {**row, "system_prompt": "null", "finished": True, **kwargs}
 
 
@@ -391,6 +398,7 @@ def test_a_file_of_ones_own_needs_three_columns(tmp_path, suffix):
     assert data["response"] == [row["response"] for row in ROWS]
     assert data["finished"] == [True] * 3
     assert data["kind"] == ["harmful", "harmful", "everyday"]
+    assert data["mirror"] == data["instruction"]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +436,7 @@ def test_other_bad_anchor_files(tmp_path, monkeypatch):
 def anchor_rows():
     kinds = {"harmful": ("D_HR", "D_HA"), "near_miss": ("D_S",), "everyday": ("D_S",)}
     return [
-        {"instruction": f"{kind} {i}", "response": str(n), "split": split, "kind": kind, "finished": True}
+        {"instruction": f"{kind} {i}", "response": str(n), "split": split, "kind": kind, "mirror": f"{i}"}
         for kind, splits in kinds.items()
         for i in range(20)
         for split in splits
@@ -445,6 +453,7 @@ def test_held_out_instructions_are_not_trained_on():
     assert not set(train["instruction"]) & set(held_out["instruction"])
     kinds = Counter(instruction.split()[0] for instruction in set(held_out["instruction"]))
     assert kinds == {"harmful": 3, "near_miss": 3, "everyday": 3}
+    assert set(held_out["mirror"]) == {i.split()[1] for i in held_out["instruction"] if i.startswith("harmful")}
 
     again = split_held_out(Dataset.from_list(rows[::-1]), 0.15, seed=1)[1]
     assert set(again["instruction"]) == set(held_out["instruction"])
@@ -595,37 +604,6 @@ def test_an_interrupt_keeps_what_is_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_generated(tmp_path / "mine.jsonl", instructions())
     assert len(read(tmp_path / "mine.jsonl")) == 1
-
-
-@pytest.fixture(scope="module")
-def served_model(tmp_path_factory):
-    """`transformers serve` with the demo model; yields its URL and the model's name there."""
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-    from acd_logits.demo_model import demo_model_path
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    name = str(demo_model_path())
-    command = [Path(sys.executable).parent / "transformers", "serve", name]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--default-seed", "0"]
-    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
-    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                log.seek(0)
-                assert process.poll() is None, log.read()
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", name
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-        log.close()
 
 
 @pytest.mark.real_model

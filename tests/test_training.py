@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from acd_logits.training import (
     SPLITS,
     TERMS,
     AnchorTokens,
+    BalancedSampler,
     OPOArguments,
     OPOModel,
     OPOTrainer,
@@ -36,7 +38,8 @@ from acd_logits.training import (
     opo_loss,
     train_pair,
 )
-from conftest import VOCAB, build_batch, build_model, build_pair
+from conftest import HIDDEN, VOCAB, build_batch, build_model, build_pair
+from reference import shared_logits
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -58,7 +61,8 @@ def anchor_rows(number=10):
             {"instruction": f"{HARMFUL} {words}", "response": f"{COMPLIANCE} {words}", "split": "D_HA"},
             {"instruction": f"{SAFE} {words}", "response": f"{ANSWER} {words}", "split": "D_S"},
         ]
-    return [{**row, "finished": True} for row in rows]
+    kinds = {"D_HR": "harmful", "D_HA": "harmful", "D_S": "near_miss"}
+    return [{**r, "finished": True, "kind": kinds[r["split"]], "mirror": str(i // 3)} for i, r in enumerate(rows)]
 
 
 def anchor_tokens(tokenizer, number=10, held_out=3):
@@ -162,12 +166,16 @@ def test_loss_is_equations_3_and_4(stream, retain):
     labels[0, 2:] = labels[3, 1:] = labels[5, :] = IGNORED
     given = plain if retain == "kl" else None
 
-    sums = opo_loss(logits, labels, splits, stream, None if given is None else given[splits == 2])
-    torch.testing.assert_close(sums.double(), by_hand(logits, labels, splits, stream, given), rtol=1e-5, atol=1e-5)
-    followed, avoided = (0, 1) if stream == "safeguarding" else (1, 0)
-    tokens = count_tokens(labels, splits, stream)
-    assert tokens[:, 0].tolist() == [int((labels[i] != IGNORED).sum()) * (splits[i] == followed) for i in range(6)]
-    assert tokens[:, 1].tolist() == [int((labels[i] != IGNORED).sum()) * (splits[i] == avoided) for i in range(6)]
+    avoided = labels.clone()
+    avoided[0, :1] = avoided[1, :2] = IGNORED  # the refusal and the answer begin alike there
+    sums = opo_loss(logits, labels, avoided, splits, stream, None if given is None else given[splits == 2])
+    expected = by_hand(logits, labels, splits, stream, given)
+    expected[:, 1] = by_hand(logits, avoided, splits, stream, given)[:, 1]
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
+    follow, avoid = (0, 1) if stream == "safeguarding" else (1, 0)
+    tokens = count_tokens(labels, avoided, splits, stream)
+    assert tokens[:, 0].tolist() == [int((labels[i] != IGNORED).sum()) * (splits[i] == follow) for i in range(6)]
+    assert tokens[:, 1].tolist() == [int((avoided[i] != IGNORED).sum()) * (splits[i] == avoid) for i in range(6)]
     assert tokens[:, 2].tolist() == [0, 0, 4, 1, 0, 0]
 
 
@@ -175,7 +183,8 @@ def test_unlikelihood_is_exact_where_p_rounds_to_one():
     logits = torch.zeros(1, 1, 11)
     logits[..., 3] = 60.0
     logits.requires_grad_()
-    loss = opo_loss(logits, torch.tensor([[3]]), torch.tensor([1]), "safeguarding")[0, 1]
+    labels = torch.tensor([[3]])
+    loss = opo_loss(logits, labels, labels, torch.tensor([1]), "safeguarding")[0, 1]
     loss.backward()
     # 1 - P = 10 / (10 + e^60)
     assert loss.item() == pytest.approx(60 - math.log(10), rel=1e-6)
@@ -190,7 +199,7 @@ def test_gradients_are_those_of_the_equations():
     p = logits.softmax(-1)
     expected = -p[0, 0, 1].log() - p[0, 1, 2].log() - (1 - p[1, 0, 3]).log() - p[2, 0, 5].log() - p[2, 1, 6].log()
     (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
-    (got,) = torch.autograd.grad(opo_loss(logits, labels, splits, "safeguarding").sum(), logits)
+    (got,) = torch.autograd.grad(opo_loss(logits, labels, labels, splits, "safeguarding").sum(), logits)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -228,9 +237,9 @@ def test_logits_are_those_of_each_response_alone(name):
     prompt = build_pair(n_s=6).safeguarding
     opo = OPOModel.from_prompt(model, prompt)
     examples = [
-        {"input_ids": [5, 6, 7, 8], "response": [9, 10, 11], "split": 0},
-        {"input_ids": [12, 13], "response": [14], "split": 1},
-        {"input_ids": [15, 16, 17], "response": [18, 19, 20, 21], "split": 2},
+        {"input_ids": [5, 6, 7, 8], "response": [9, 10, 11], "opening": 0, "split": 0},
+        {"input_ids": [12, 13], "response": [14], "opening": 0, "split": 1},
+        {"input_ids": [15, 16, 17], "response": [18, 19, 20, 21], "opening": 0, "split": 2},
     ]
     batch = collate(examples)
     logits = opo(batch["input_ids"], batch["attention_mask"], batch["labels"].shape[1])
@@ -249,9 +258,9 @@ def test_logits_are_those_of_each_response_alone(name):
 def test_computing_what_rows_share_once_changes_nothing(name, start, monkeypatch):
     model = build_model(name)
     examples = [
-        {"input_ids": [*start, 5, 6, 7, 8], "response": [9, 10, 11], "split": 0},
-        {"input_ids": [*start, 12], "response": [14], "split": 1},
-        {"input_ids": [*start, 12, 16, 17], "response": [18, 19, 20, 21], "split": 2},
+        {"input_ids": [*start, 5, 6, 7, 8], "response": [9, 10, 11], "opening": 0, "split": 0},
+        {"input_ids": [*start, 12], "response": [14], "opening": 0, "split": 1},
+        {"input_ids": [*start, 12, 16, 17], "response": [18, 19, 20, 21], "opening": 0, "split": 2},
     ]
     batch = collate(examples)
     kept = (batch["labels"] != IGNORED)[..., None]
@@ -271,10 +280,51 @@ def test_computing_what_rows_share_once_changes_nothing(name, start, monkeypatch
     assert lengths == [6 + len(start), 8, *behind, 6 + len(start) + 8, len(start) + 8]
 
 
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 5), (6, 6)])
+@pytest.mark.parametrize("n", [0, 4])
+def test_a_shared_instruction_does_not_see_the_soft_prompt(lengths, n):
+    model, soft = build_model(), torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(5))
+    opo = OPOModel.from_prompt(model, soft, share_instruction_kv=True)
+    rows = [(list(range(10, 10 + length)), [40 + length, 50, 60][: 2 + i]) for i, length in enumerate(lengths)]
+    batch = collate([{"input_ids": x, "response": y, "opening": 0, "split": 0} for x, y in rows])
+    logits = opo(batch["input_ids"], batch["attention_mask"], 3)
+    for got, (x, y) in zip(logits, rows, strict=True):
+        expected = shared_logits(model, opo.soft_prompt, torch.tensor(x + y), len(x))
+        torch.testing.assert_close(got[: len(y)], expected[len(x) - 1 : -1], atol=1e-5, rtol=1e-5)
+    if n:
+        opo.soft_prompt.grad = None
+        logits[0, 0].logsumexp(-1).backward()
+        got = opo.soft_prompt.grad.clone()
+        opo.soft_prompt.grad = None
+        x, y = rows[0]
+        shared_logits(model, opo.soft_prompt, torch.tensor(x + y), len(x))[len(x) - 1].logsumexp(-1).backward()
+        torch.testing.assert_close(got, opo.soft_prompt.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_pair_trained_with_a_shared_instruction_is_used_so(tokenizer, tmp_path):
+    """What its loss was computed on is what generate computes."""
+    model = build_model()
+    options = build_options(share_instruction_kv=True, adversarial_epochs=0.0)
+    train_pair(model, tokenizer, anchor_tokens(tokenizer), options, build_arguments(tmp_path))
+    pair = PromptPair.from_pretrained(tmp_path)
+    assert pair.config.share_instruction_kv
+    assert pair.config.training["share_instruction_kv"]
+    batch = collate(anchor_tokens(tokenizer).held_out)
+    length = batch["labels"].shape[1]
+    opo = OPOModel.from_prompt(build_model(), pair.safeguarding, share_instruction_kv=True)
+    prompts = {name: batch[name][:, :-length] for name in ("input_ids", "attention_mask")}
+    acd = ACDLogitsProcessor(model, pair, alpha=0.0, beta=0.0)
+    options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    scores = model.generate(**prompts, logits_processor=[acd], **options).scores[0]
+    torch.testing.assert_close(
+        scores, opo(batch["input_ids"], batch["attention_mask"], length)[:, 0], atol=1e-4, rtol=0
+    )
+
+
 def test_only_the_soft_prompt_learns_and_in_full_precision():
     model = build_model("gpt2").to(torch.bfloat16)  # has dropout
     opo = OPOModel.from_prompt(model, build_pair(n_s=6).safeguarding).train()
-    batch = collate([{"input_ids": [5, 6], "response": [9, 10], "split": 0}])
+    batch = collate([{"input_ids": [5, 6], "response": [9, 10], "opening": 0, "split": 0}])
     logits = opo(batch["input_ids"], batch["attention_mask"], 2)
     logits.sum().backward()
     assert torch.equal(logits, opo(batch["input_ids"], batch["attention_mask"], 2))
@@ -346,11 +396,31 @@ def test_the_templates_own_token_ends_a_turn(tokenizer, behind, token):
     assert end_of_turn(tokenizer, chat=False) == tokenizer.eos_token_id
 
 
+def test_what_refusal_and_answer_begin_with_is_not_avoided(tokenizer):
+    rows = [
+        {"instruction": "w5", "response": "w9 w10 w11", "split": "D_HR"},
+        {"instruction": "w5", "response": "w9 w12 w11", "split": "D_HA"},
+        {"instruction": "w5", "response": "w13 w10 w11", "split": "D_HA"},
+        {"instruction": "w6", "response": "w9 w10 w11", "split": "D_HA"},
+        {"instruction": "w5", "response": "w9 w10 w11", "split": "D_S"},
+    ]
+    rows = [{**row, "finished": False, "kind": "harmful", "mirror": ""} for row in rows]
+    batch = collate(encode_anchors(rows, tokenizer, False, 64))
+    assert batch["labels"].tolist() == [[9, 10, 11], [9, 12, 11], [13, 10, 11], [9, 10, 11], [9, 10, 11]]
+    assert batch["avoided"].tolist() == [
+        [IGNORED, 10, 11],
+        [IGNORED, 12, 11],
+        [13, 10, 11],
+        [9, 10, 11],
+        [9, 10, 11],
+    ]
+
+
 def test_long_responses_are_cut_off(tokenizer):
     (example,) = encode_anchors(anchor_rows(1)[:1], tokenizer, False, 2)
     prompt = f"{HARMFUL} w30"
-    parts = {"input_ids": tokenizer(prompt)["input_ids"], "response": [50, 51], "split": 0, "instruction": prompt}
-    assert example == parts
+    parts = {"input_ids": tokenizer(prompt)["input_ids"], "response": [50, 51], "opening": 0, "split": 0}
+    assert example == parts | {"instruction": prompt, "kind": "harmful", "mirror": "0"}
 
 
 @pytest.mark.real_model
@@ -363,6 +433,84 @@ def test_smollm2_text():
     prompt, response = encode_pair(tokenizer, "Hi there", "Hello!", chat=True, finished=True)
     text = tokenizer.decode(prompt + response)
     assert text.endswith("<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>")
+
+
+# The order of an epoch
+
+
+def example(split, kind, mirror, length=5):
+    return {
+        "input_ids": [3] * length,
+        "response": [4],
+        "opening": 0,
+        "split": SPLITS.index(split),
+        "kind": kind,
+        "mirror": mirror,
+    }
+
+
+def uneven_examples():
+    """12 harmful instructions, refused and answered, 10 near misses of which 8 mirror them, 30 everyday requests."""
+    rows = [example(split, "harmful", f"m{i}", 5 + i) for split in ("D_HR", "D_HA") for i in range(12)]
+    rows += [example("D_S", "near_miss", f"m{i}", 5 + i) for i in range(4, 14)]
+    return rows + [example("D_S", "everyday", f"e{i}", 5 + i % 15) for i in range(30)]
+
+
+def test_every_batch_is_balanced():
+    examples = uneven_examples()
+    sampler = BalancedSampler(examples, batch_size=9, seed=0)  # two of each of the four groups, and one left over
+    order = list(sampler)
+    assert len(order) == len(sampler) == 4 * 10
+    assert len(set(order)) == len(order)
+    for i in range(0, 40, 8):
+        groups = Counter((examples[k]["split"], examples[k]["kind"]) for k in order[i : i + 8])
+        assert list(groups.values()) == [2, 2, 2, 2]
+
+
+def test_what_mirrors_each_other_comes_together():
+    examples = uneven_examples()
+    order = list(BalancedSampler(examples, batch_size=8, seed=0))
+    together = 0
+    for i in range(0, 40, 4):
+        near, *others = (examples[k] for k in order[i : i + 4])  # the smallest group comes first
+        harmful = [e["mirror"] for e in others if e["kind"] == "harmful"]
+        together += [near["mirror"]] * 2 == harmful
+        if near["mirror"] in ("m12", "m13"):  # which mirror nothing
+            assert set(harmful) <= {f"m{k}" for k in (0, 1, 2, 3)}
+    assert together == 8
+
+
+def test_every_epoch_has_its_own_order_and_choice():
+    sampler = BalancedSampler(uneven_examples(), batch_size=8, seed=0)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert set(first) != set(second)
+    sampler.set_epoch(0)  # as where a run goes on
+    assert list(sampler) == first
+    assert list(BalancedSampler(uneven_examples(), batch_size=8, seed=1)) != first
+
+
+def test_batches_are_of_like_length():
+    rows = [example(split, "harmful", f"m{i}", 5 + i) for split in ("D_HR", "D_HA") for i in range(40)]
+    rows += [example("D_S", "everyday", f"e{i}", 5 + i) for i in range(40)]
+    order = list(BalancedSampler(rows, batch_size=12, seed=0))
+    spread = [[len(rows[k]["input_ids"]) for k in order[i : i + 12]] for i in range(0, 120, 12)]
+    assert all(max(lengths) - min(lengths) < 12 for lengths in spread)
+    assert [lengths[0] for lengths in spread] != sorted(lengths[0] for lengths in spread)
+
+
+def test_without_balance_the_trainer_decides(tokenizer, tmp_path):
+    pairs = anchor_tokens(tokenizer)
+    pairs.train += pairs.held_out[2:3]  # a safe one more: 7 refusals, 7 answers to harmful instructions, 8 safe ones
+    for balance, steps in ((True, 21), (False, 22)):
+        folder = tmp_path / str(balance)
+        arguments = build_arguments(folder, num_train_epochs=1, per_device_train_batch_size=1)
+        options = build_options(balance=balance, adversarial_epochs=0.0)
+        pair = train_pair(build_model(), tokenizer, pairs, options, arguments)
+        assert sum("L_p" in line or "L_n" in line or "L_r" in line for line in history(folder)) >= steps
+        assert pair.config.training["balance"] is balance
 
 
 # A run
@@ -485,9 +633,8 @@ def test_the_best_checkpoint_is_kept(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("retain", ["ce", "kl"])
 def test_micro_batches_change_nothing(tokenizer, tmp_path, retain):
-    """Eight at once, or twice four; 23 pairs, so that an epoch's last step is short."""
+    """Eight at once, or twice four; 21 pairs, so that an epoch's last step is short."""
     pairs = anchor_tokens(tokenizer)
-    pairs.train += pairs.held_out[:2]
     results = []
     for size in (8, 4):
         folder, steps = tmp_path / str(size), 8 // size
@@ -499,6 +646,26 @@ def test_micro_batches_change_nothing(tokenizer, tmp_path, retain):
         assert {key: one[key] for key in ("loss", *TERMS)} == pytest.approx(
             {key: other[key] for key in ("loss", *TERMS)}, rel=1e-3
         )
+
+
+def test_the_plain_model_answers_each_safe_pair_once(tokenizer, tmp_path, monkeypatch):
+    """Over two epochs and three evaluations of each prompt; without the store, the prompts come out the same."""
+    pairs, forward, rows = anchor_tokens(tokenizer), OPOModel.forward, []
+
+    def counting(self, input_ids, attention_mask, response_length, prompted=True):
+        if not prompted:
+            rows.append(len(input_ids))
+        return forward(self, input_ids, attention_mask, response_length, prompted)
+
+    monkeypatch.setattr(OPOModel, "forward", counting)
+    results = []
+    for limit in (training.PLAIN_CACHE_BYTES, 0):
+        monkeypatch.setattr(training, "PLAIN_CACHE_BYTES", limit)
+        options, arguments = build_options(retain="kl"), build_arguments(tmp_path / str(limit))
+        results.append(train_pair(build_model(), tokenizer, pairs, options, arguments))
+        assert sum(rows) == (2 * (7 + 3) if limit else 2 * (2 * 7 + 3 * 3))
+        rows.clear()
+    assert_same_pair(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_held_out_part(tokenizer, tmp_path):
@@ -604,10 +771,10 @@ def test_a_killed_run_goes_on_where_it_was(command, model_folder, tmp_path, monk
     assert main(["train", *command, "--output_dir", str(tmp_path / "whole")]) == 0
     assert_same_pair(PromptPair.from_pretrained(folder), PromptPair.from_pretrained(tmp_path / "whole"))
     resumed, whole = (
-        [(line["step"], line["eval_loss"]) for line in history(f, "adversarial") if "eval_loss" in line]
+        [line["eval_loss"] for line in history(f, "adversarial") if "eval_loss" in line]
         for f in (folder, tmp_path / "whole")
     )
-    assert resumed == whole
+    assert resumed == pytest.approx(whole, rel=1e-6)
 
     # And once more: nothing is left to do
     streams.clear()

@@ -67,13 +67,15 @@ def load_instructions(paths: Sequence[str | os.PathLike[str]] | None = None) -> 
             package's own.
 
     Returns:
-        The instructions as dictionaries of these three keys, without repetitions.
+        The instructions as dictionaries of these three keys, without repetitions. `mirror` is a fourth: its category
+        and its number there. The package's near misses mirror its harmful instructions line by line.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is empty, or a line (its number is given) is not as above.
     """
     instructions: dict[str, dict[str, str]] = {}
+    numbers: Counter[tuple[str, str]] = Counter()
     for path in map(Path, paths or [shipped_folder("anchors") / f"{kind}.jsonl" for kind in KINDS]):
         for number, row in _read_jsonl(path, required=("instruction",)):
             kind = row.get("kind", path.stem)
@@ -81,7 +83,10 @@ def load_instructions(paths: Sequence[str | os.PathLike[str]] | None = None) -> 
                 raise ValueError(f"{path}, line {number}: `kind` must be one of {', '.join(KINDS)}, not {kind!r}")
             category = str(row.get("category") or "general")
             text = row["instruction"].strip()
-            instructions.setdefault(text, {"instruction": text, "category": category, "kind": kind})
+            if text not in instructions:
+                numbers[kind, category] += 1
+                mirror = f"{category} {numbers[kind, category]}"
+                instructions[text] = {"instruction": text, "category": category, "kind": kind, "mirror": mirror}
     return list(instructions.values())
 
 
@@ -300,28 +305,29 @@ def split_responses(
             kept[key] = {**sample, "split": split, "source": "sampled"}
     for reason, number in dropped.items():
         logger.warning(f"Left out {number} of {len(samples)} responses: {reason}.")
-    harmful = {sample["instruction"]: sample["category"] for sample in samples if sample["kind"] == "harmful"}
+    about = ("instruction", "category", "kind", "mirror")
+    harmful = {s["instruction"]: {key: s[key] for key in about} for s in samples if s["kind"] == "harmful"}
     anchors = [*kept.values(), *_fill_refusals(kept.values(), harmful, refusals, per_instruction, seed)]
-    order = ("instruction", "response", "split", "system_prompt", "source", "category", "kind", "finished")
+    order = ("instruction", "response", "split", "system_prompt", "source", "category", "kind", "mirror", "finished")
     anchors.sort(key=lambda row: [row[key] for key in ("split", "kind", "category", "instruction", "response")])
     return [{key: row[key] for key in order} for row in anchors]
 
 
 def _fill_refusals(
     sampled: Iterable[dict[str, Any]],
-    harmful: dict[str, str],
+    harmful: dict[str, dict[str, str]],
     refusals: Sequence[dict[str, str]],
     per_instruction: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Refusals from the bank for the harmful instructions (with their category) that have too few."""
+    """Refusals from the bank for the harmful instructions that have too few."""
     filled = []
     numbers = Counter((row["split"], row["instruction"]) for row in sampled)
-    for instruction, category in sorted(harmful.items()):
+    for instruction, about in sorted(harmful.items()):
         missing = per_instruction - numbers["D_HR", instruction]
         choice = random.Random(f"{seed} {instruction}")
-        for refusal in itertools.islice(_shuffled(refusals, category, choice), max(missing, 0)):
-            row = {"instruction": instruction, "response": refusal, "category": category, "kind": "harmful"}
+        for refusal in itertools.islice(_shuffled(refusals, about["category"], choice), max(missing, 0)):
+            row = {**about, "response": refusal}
             filled.append({**row, "split": "D_HR", "system_prompt": "", "source": "refusal_bank", "finished": True})
     for split in ("D_HR", "D_HA"):
         wanted = per_instruction * len(harmful)
@@ -398,7 +404,7 @@ def load_anchor_data(path: str | os.PathLike[str], needed: Sequence[str] = SPLIT
 
     Args:
         path: a .jsonl, .json, .csv or .parquet file with the columns `instruction`, `response` and `split`. Where
-            they are missing, `finished` is true and `kind` follows from the split.
+            they are missing, `finished` is true, `kind` follows from the split, and an instruction mirrors itself.
         needed: the splits that may not be empty.
 
     Returns:
@@ -419,6 +425,7 @@ def load_anchor_data(path: str | os.PathLike[str], needed: Sequence[str] = SPLIT
         row["finished"] = True if row.get("finished") is None else row["finished"]
         if not isinstance(row["finished"], bool):
             raise ValueError(f"{path}, row {number}: `finished` must be true or false, not {row['finished']!r}")
+        row["mirror"] = row.get("mirror") or row["instruction"]
         row["kind"] = row.get("kind") or ("everyday" if row["split"] == "D_S" else "harmful")
     present = {row["split"] for row in rows}
     for split in needed:
@@ -459,6 +466,8 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
 def split_held_out(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Hold out a share of the instructions with all their responses, the same share of each kind.
 
+    Instructions that mirror each other are held out together: one of them would tell the training about the other.
+
     Args:
         dataset: as of [`load_anchor_data`].
         fraction: the share, above 0 and below 1.
@@ -473,10 +482,12 @@ def split_held_out(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Da
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction must be above 0 and below 1, not {fraction}")
     kinds = dict(zip(dataset["instruction"], dataset["kind"], strict=True))
+    # By the digests of what they mirror, chance puts the instructions of each kind into the same order
+    mirrors = zip(dataset["instruction"], dataset["mirror"], strict=True)
+    order = {instruction: (_digest(seed, mirror), instruction) for instruction, mirror in mirrors}
     held_out: set[str] = set()
-    for kind in sorted(set(kinds.values())):
-        of_kind = sorted(instruction for instruction in kinds if kinds[instruction] == kind)
-        random.Random(f"{seed} {kind}").shuffle(of_kind)
+    for kind in set(kinds.values()):
+        of_kind = sorted((instruction for instruction in kinds if kinds[instruction] == kind), key=order.__getitem__)
         held_out.update(of_kind[: round(len(of_kind) * fraction)])
     if len(held_out) in (0, len(kinds)):
         raise ValueError(f"cannot hold out {fraction} of {len(kinds)} instructions: one part would be empty")

@@ -24,8 +24,11 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import math
+import random
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,8 +47,9 @@ from .demo_model import DEMO_MODEL, DEMO_MODEL_ID, resolve_model_name
 from .evaluation.responses import encode_messages
 from .files import write_text
 from .paired import reuses_prefix
-from .prompt_pair import STREAMS, PromptPair, base_model
+from .prompt_pair import STREAMS, PromptPair, base_model, chat_template_digest
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, place_soft_prompt, system_prompt_ids
+from .shared import check_shareable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,11 +59,13 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # a label that is padding
+PLAIN_CACHE_BYTES = 2 << 30  # of the plain model's logits that are kept for the KL form of L_r
 TERMS = ("L_p", "L_n", "L_r")
 SETTINGS_NAME = "training_settings.json"
 LOG_NAME = "log_history.json"  # written last: a run that has it is finished
 
-# Of one pair: `input_ids` of the prompt, `response` tokens, `split` as an index into SPLITS, and the `instruction`
+# Of one pair: `input_ids` of the prompt, `response` tokens, how many of them are an `opening` of the opposite split's
+# response too, `split` as an index into SPLITS, and `instruction`, `kind` and `mirror` as of the anchor data
 Example = dict[str, Any]
 Batch = dict[str, torch.Tensor]
 
@@ -89,11 +95,21 @@ class OPOArguments:
     opposite_prompt_file: str | None = HfArg(default=None, help="text that AP starts as (default: the package's)")
     num_virtual_tokens: int | None = HfArg(default=None, help="length of both prompts (default: of their texts)")
     init_pair: str | None = HfArg(default=None, help="folder or Hub id of a pair to go on from, instead of the texts")
+    share_instruction_kv: bool = HfArg(
+        default=False,
+        help="hide the soft prompt from the instruction but for its last token, so that inference can share the "
+        "instruction's keys and values between both streams",
+    )
+    balance: bool = HfArg(
+        default=True,
+        help="as many rows of each split in every batch, and of near misses and everyday requests, those that mirror "
+        "each other together; with --no_balance, --train_sampling_strategy decides",
+    )
     max_response_tokens: int = HfArg(default=8, help="responses are cut off there: their first tokens decide")
     held_out_fraction: float = HfArg(default=0.15, help="share of the instructions to evaluate on; 0 for none")
     lp_weight: float = HfArg(default=1.0, help="weight of L_p: follow the split's responses")
-    ln_weight: float = HfArg(default=0.05, help="weight of L_n: avoid the other split's responses")
-    lr_weight: float = HfArg(default=3.0, help="weight of L_r: stay helpful on safe instructions")
+    ln_weight: float = HfArg(default=0.3, help="weight of L_n: avoid the other split's responses")
+    lr_weight: float = HfArg(default=6.0, help="weight of L_r: stay helpful on safe instructions")
     retain: Literal["ce", "kl"] = HfArg(
         default="kl", help="L_r: KL divergence to the model without a prompt, or cross entropy on D_S (the paper's)"
     )
@@ -159,8 +175,9 @@ class OPOTrainingArguments(TrainingArguments):
 
     output_dir: str = HfArg(default="prompt-pair", help="receives the pair, and the checkpoints of both runs")
     learning_rate: float = HfArg(default=2e-2, help="of both prompts")
-    num_train_epochs: float = HfArg(default=3.0, help="passes of SP over the anchor data")
+    num_train_epochs: float = HfArg(default=8.0, help="passes of SP over the anchor data")
     per_device_train_batch_size: int = HfArg(default=32, help="pairs in a step on each device")
+    per_device_eval_batch_size: int = HfArg(default=32, help="held-out pairs at a time on each device")
     warmup_steps: float = HfArg(default=0.07, help="steps until the learning rate is reached; below 1, their share")
     adam_beta2: float = HfArg(default=0.99, help="a run has too few steps for the usual 0.999")
     eval_strategy: str = HfArg(default="epoch", help="when to evaluate on the held-out instructions")
@@ -222,16 +239,33 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
 def encode_anchors(
     rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat: bool, max_response_tokens: int
 ) -> list[Example]:
-    """Tokens of anchor pairs; responses are cut off after `max_response_tokens`."""
+    """Tokens of anchor pairs; responses are cut off after `max_response_tokens`.
+
+    Where a refusal and an answer to one instruction begin alike ("I'm ..."), these tokens are to follow in both, and
+    `opening` counts them: eq. 3 and 4 would avoid in L_n what they follow in L_p.
+    """
 
     def encode(row: dict[str, Any]) -> Example:
         prompt, response = encode_pair(
             tokenizer, row["instruction"], row["response"], chat=chat, finished=row["finished"]
         )
         parts = {"input_ids": prompt, "response": response[:max_response_tokens], "split": SPLITS.index(row["split"])}
-        return {**parts, "instruction": row["instruction"]}
+        return parts | {name: row[name] for name in ("instruction", "kind", "mirror")}
 
-    return [encode(row) for row in rows]
+    examples = [encode(row) for row in rows]
+    responses = defaultdict(list)
+    for example in examples:
+        responses[example["instruction"], SPLITS[example["split"]]].append(example["response"])
+    opposite = {"D_HR": "D_HA", "D_HA": "D_HR"}
+    for example in examples:
+        others = responses.get((example["instruction"], opposite.get(SPLITS[example["split"]], "")), [])
+        example["opening"] = max((_common_length(example["response"], other) for other in others), default=0)
+    return examples
+
+
+def _common_length(one: list[int], other: list[int]) -> int:
+    """How many tokens two responses begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -239,17 +273,19 @@ def collate(examples: Sequence[Example]) -> Batch:
 
     Returns:
         `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, R]`, the response tokens, which end every row;
-        `splits` `[B]`.
+        `avoided` `[B, R]`, those of them that L_n is about; `splits` `[B]`.
     """
     prompt_length, response_length = (max(len(e[part]) for e in examples) for part in ("input_ids", "response"))
-    ids, labels, mask = [], [], []
+    ids, labels, avoided, mask = [], [], [], []
     for example in examples:
         left = [0] * (prompt_length - len(example["input_ids"]))
         right = [0] * (response_length - len(example["response"]))
         ids.append([*left, *example["input_ids"], *example["response"], *right])
         mask.append([*left, *[1] * (len(ids[-1]) - len(left) - len(right)), *right])
         labels.append([*example["response"], *[IGNORED] * len(right)])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "splits": [e["split"] for e in examples]}
+        avoided.append([IGNORED] * example["opening"] + labels[-1][example["opening"] :])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "avoided": avoided}
+    batch["splits"] = [example["split"] for example in examples]
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
@@ -262,20 +298,29 @@ class OPOModel(PeftModelForCausalLM):
     A peft model, so that `Trainer` saves, resumes and restores the soft prompt alone. Only `forward` is our own.
     """
 
+    share_instruction_kv = False
+
     @classmethod
-    def from_prompt(cls, model: PreTrainedModel, prompt: torch.Tensor) -> OPOModel:
+    def from_prompt(cls, model: PreTrainedModel, prompt: torch.Tensor, share_instruction_kv: bool = False) -> OPOModel:
         """Freeze a model and put a soft prompt in front of it.
 
         Args:
             model: the base model, which is shared, not copied.
             prompt: `[n, hidden_size]`, what the soft prompt starts as; it is trained in fp32 whatever the model is.
+            share_instruction_kv: hide the soft prompt from the instruction, as `shared.py` does.
+
+        Raises:
+            ValueError: the model cannot share.
         """
+        if share_instruction_kv:
+            check_shareable(model)
         shape = {"num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_transformer_submodules": 1}
         # Prompt tuning does not use the last two, but peft wants them, and some models have no attention heads
         config = PromptTuningConfig(task_type="CAUSAL_LM", **shape, num_layers=1, num_attention_heads=1)
         opo = cls(model, config)
         with torch.no_grad():
             opo.soft_prompt.copy_(prompt)
+        opo.share_instruction_kv = share_instruction_kv
         return opo
 
     @property
@@ -296,6 +341,8 @@ class OPOModel(PeftModelForCausalLM):
         """
         model = self.get_base_model()
         soft = self.soft_prompt if prompted else self.soft_prompt[:0]
+        if self.share_instruction_kv:
+            return _forward_behind_instruction(model, soft, input_ids, attention_mask, response_length)
         if self.shares_prefix():
             return _forward_behind_prefix(model, soft, input_ids, attention_mask, response_length)
         x = model.get_input_embeddings()(input_ids)
@@ -362,6 +409,45 @@ def _forward_behind_prefix(
     return logits[:, -response_length - 1 : -1]
 
 
+def _forward_behind_instruction(
+    model: PreTrainedModel, soft: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, response_length: int
+) -> torch.Tensor:
+    """The logits of `OPOModel.forward` where x does not see the soft prompt.
+
+    `[pad | x | soft | last token of x | response | pad]`: the keys and values of x are those of the plain model, and
+    no gradient goes through them.
+    """
+    x = model.get_input_embeddings()(ids)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    last, n = ids.shape[1] - response_length - 1, len(soft)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if last:
+        part = {"inputs_embeds": x[:, :last], "attention_mask": mask[:, :last], "position_ids": positions[:, :last]}
+        with torch.no_grad():
+            model(**part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if n:
+        prompt = DynamicCache(config=model.config.get_text_config(decoder=True))
+        positions_of_soft = torch.arange(-n, 0, device=ids.device)[None]
+        model(
+            inputs_embeds=soft[None].to(x),
+            position_ids=positions_of_soft,
+            past_key_values=prompt,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for index, layer in enumerate(prompt.layers):
+            cache.update(*(kv.expand(len(ids), -1, -1, -1) for kv in (layer.keys, layer.values)), index)
+    logits = model(
+        inputs_embeds=x[:, last:],
+        attention_mask=torch.cat([mask[:, :last], mask.new_ones(len(ids), n), mask[:, last:]], dim=1),
+        position_ids=positions[:, last:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=response_length + 1,
+    ).logits
+    return logits[:, -response_length - 1 : -1]
+
+
 def _common_prefix(ids: torch.Tensor, mask: torch.Tensor, response_length: int) -> int:
     """How many tokens all prompts begin with; the last token of a prompt, which predicts the response, is not one."""
     prompts = [
@@ -375,6 +461,7 @@ def _common_prefix(ids: torch.Tensor, mask: torch.Tensor, response_length: int) 
 def opo_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
+    avoided: torch.Tensor,
     splits: torch.Tensor,
     stream: str,
     plain_logits: torch.Tensor | None = None,
@@ -384,6 +471,7 @@ def opo_loss(
     Args:
         logits: `[B, R, vocab]`.
         labels: `[B, R]`, the response tokens.
+        avoided: `[B, R]`, those that L_n is about, as of [`collate`].
         splits: `[B]`, indices into SPLITS.
         stream: "safeguarding" follows D_HR and avoids D_HA, "adversarial" the other way round.
         plain_logits: `[rows of D_S, R, vocab]` of the model without a soft prompt, for the KL form of L_r.
@@ -393,18 +481,20 @@ def opo_loss(
     """
     follow, avoid = ("D_HR", "D_HA") if stream == "safeguarding" else ("D_HA", "D_HR")
 
-    def total(split: str, token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def total(
+        split: str, labels: torch.Tensor, token_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         rows = splits == SPLITS.index(split)
         y = labels[rows]
         losses = token_loss(logits[rows].float(), y.clamp(min=0)[..., None]).masked_fill(y == IGNORED, 0.0)
         return torch.zeros(rows.shape, device=losses.device).masked_scatter(rows, losses.sum(-1))
 
-    l_p = total(follow, lambda z, y: -log_p(z, y))
-    l_n = total(avoid, lambda z, y: -log_1_minus_p(z, y))
+    l_p = total(follow, labels, lambda z, y: -log_p(z, y))
+    l_n = total(avoid, avoided, lambda z, y: -log_1_minus_p(z, y))
     if plain_logits is None:
-        l_r = total("D_S", lambda z, y: -log_p(z, y))
+        l_r = total("D_S", labels, lambda z, y: -log_p(z, y))
     else:
-        l_r = total("D_S", lambda z, y: kl_divergence(plain_logits.float(), z))
+        l_r = total("D_S", labels, lambda z, y: kl_divergence(plain_logits.float(), z))
     return torch.stack([l_p, l_n, l_r], dim=-1)
 
 
@@ -424,11 +514,66 @@ def kl_divergence(plain_logits: torch.Tensor, logits: torch.Tensor) -> torch.Ten
     return (log_plain.exp() * (log_plain - log_prompted)).sum(-1)
 
 
-def count_tokens(labels: torch.Tensor, splits: torch.Tensor, stream: str) -> torch.Tensor:
+def count_tokens(labels: torch.Tensor, avoided: torch.Tensor, splits: torch.Tensor, stream: str) -> torch.Tensor:
     """Response tokens in each row that L_p, L_n and L_r are means over, `[B, 3]`."""
     order = SPLITS if stream == "safeguarding" else ("D_HA", "D_HR", "D_S")
     chosen = splits[:, None] == torch.tensor([SPLITS.index(split) for split in order], device=splits.device)
-    return (labels != IGNORED).sum(-1, keepdim=True) * chosen
+    return torch.stack([(tokens != IGNORED).sum(-1) for tokens in (labels, avoided, labels)], dim=-1) * chosen
+
+
+class BalancedSampler(torch.utils.data.Sampler[int]):
+    """Pairs in an order in which every batch has as many of each group: D_HR, D_HA, and in D_S each kind.
+
+    Instructions that mirror each other come together, so that what sets them apart is what a step learns; the topic
+    and the form they share cancel out. Batches are of like length. An epoch takes as many pairs from each group as the
+    smallest one has, chosen anew in every epoch.
+
+    Args:
+        examples: as of [`encode_anchors`].
+        batch_size: pairs in a step.
+        seed: of the choice and the order.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
+        groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for i, example in enumerate(examples):
+            groups[example["split"], example["kind"]].append(i)
+        self.groups = sorted(groups.values(), key=len)
+        self.examples, self.seed, self.epoch = examples, seed, 0
+        self.share = max(1, batch_size // len(self.groups))
+
+    def __len__(self) -> int:
+        return len(self.groups) * len(self.groups[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer, also when a run goes on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        chance = random.Random(f"{self.seed} {self.epoch}")
+        smallest, *others = (chance.sample(group, len(group)) for group in self.groups)
+        smallest.sort(key=self._length)
+        rows = list(zip(smallest, *(self._beside(smallest, group) for group in others), strict=True))
+        # Off by a little, so that an instruction does not meet the same ones in every epoch
+        rows.sort(key=lambda row: max(map(self._length, row)) + chance.uniform(-2, 2))
+        shares = [rows[i : i + self.share] for i in range(0, len(rows), self.share)]
+        last = [shares.pop()] if len(shares[-1]) < self.share else []  # a short one would shift those behind it
+        chance.shuffle(shares)
+        return itertools.chain.from_iterable(itertools.chain.from_iterable([*shares, *last]))
+
+    def _length(self, i: int) -> int:
+        return len(self.examples[i]["input_ids"])
+
+    def _beside(self, rows: list[int], group: list[int]) -> list[int]:
+        """For each row one of the group: its mirror, or, where there is none, one of the others by length."""
+        mirrors = defaultdict(list)
+        for i in group:
+            mirrors[self.examples[i]["mirror"]].append(i)
+        found = [mirrors[self.examples[i]["mirror"]] for i in rows]
+        beside = [mirror.pop() if mirror else None for mirror in found]
+        rest = list(itertools.chain.from_iterable(mirrors.values()))
+        fill = iter(sorted(rest[: beside.count(None)], key=self._length))
+        return [next(fill) if i is None else i for i in beside]
 
 
 class OPOTrainer(Trainer):
@@ -444,8 +589,19 @@ class OPOTrainer(Trainer):
         super().__init__(data_collator=collate, compute_metrics=self._held_out_loss, **kwargs)
         self.stream, self.options = stream, options
         self.model_accepts_loss_kwargs = True  # our mean is over all micro-batches: nothing is left to divide
+        self._plain: dict[tuple[int, ...], torch.Tensor] = {}
         # Sums and token counts of the three terms since the last line of the log
         self._logged = torch.zeros(2, len(TERMS), device=self.args.device)
+
+    def _get_train_sampler(
+        self, train_dataset: Sequence[Example] | None = None
+    ) -> torch.utils.data.Sampler[int] | None:
+        """The order of an epoch."""
+        if not self.options.balance:
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BalancedSampler(self.train_dataset, batch_size, seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -455,11 +611,12 @@ class OPOTrainer(Trainer):
         loader = self.accelerator.gradient_state
         if batches and loader.end_of_dataloader and loader.remainder > 0:
             # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice
-            labels = batches[-1]["labels"]
-            labels[max(0, loader.remainder - self.args.process_index * len(labels)) :] = IGNORED
+            first = max(0, loader.remainder - self.args.process_index * len(batches[-1]["labels"]))
+            batches[-1]["labels"][first:] = batches[-1]["avoided"][first:] = IGNORED
         counts = torch.zeros(len(TERMS), device=device)
         for batch in batches:
-            counts += count_tokens(batch["labels"], batch["splits"], self.stream).sum(0).to(device)
+            tokens = count_tokens(batch["labels"], batch["avoided"], batch["splits"], self.stream)
+            counts += tokens.sum(0).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
@@ -493,15 +650,33 @@ class OPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _sums(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask, labels, splits = (inputs[k] for k in ("input_ids", "attention_mask", "labels", "splits"))
+        ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
+        avoided, splits = inputs["avoided"], inputs["splits"]
         plain = None
         if self.options.retain == "kl":
             safe = splits == SPLITS.index("D_S")
+            plain = self._plain_logits(ids[safe], mask[safe], labels[safe]) if safe.any() else None
+        logits = model(ids, mask, labels.shape[1])
+        sums = opo_loss(logits, labels, avoided, splits, self.stream, plain)
+        return sums, count_tokens(labels, avoided, splits, self.stream)
+
+    def _plain_logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, R, vocab]` without the soft prompt: a row's stay as they are, and are computed once."""
+        rows = zip(ids, mask.bool(), labels != IGNORED, strict=True)
+        keys = [(int(response.sum()), *row[kept].tolist()) for row, kept, response in rows]
+        new = [i for i, key in enumerate(keys) if key not in self._plain]
+        found = {key: self._plain[key] for key in keys if key in self._plain}
+        if new:
             # Past the wrapper of several processes, which would wait for one that has no such rows
             with torch.no_grad():
-                plain = self.model(ids[safe], mask[safe], labels.shape[1], prompted=False) if safe.any() else None
-        logits = model(ids, mask, labels.shape[1])
-        return opo_loss(logits, labels, splits, self.stream, plain), count_tokens(labels, splits, self.stream)
+                logits = self.model(ids[new], mask[new], labels.shape[1], prompted=False)
+            for i, row in zip(new, logits, strict=True):
+                found[keys[i]] = row[labels[i] != IGNORED].cpu()
+            if sum(logits.nbytes for logits in self._plain.values()) < PLAIN_CACHE_BYTES:
+                self._plain |= found
+        padded = torch.nn.utils.rnn.pad_sequence([found[key] for key in keys], batch_first=True)
+        missing = labels.shape[1] - padded.shape[1]
+        return torch.nn.functional.pad(padded, (0, 0, 0, missing)).to(ids.device)
 
     def _weighted(self, terms: torch.Tensor) -> torch.Tensor:
         return (terms * torch.tensor(self.options.weights, device=terms.device)).sum()
@@ -555,6 +730,8 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> tuple[str, PreTra
     """
     if args.resume_from_checkpoint not in (None, "auto"):
         raise ValueError("a run goes on by itself where its --output_dir was left: leave out --resume_from_checkpoint")
+    if options.share_instruction_kv and args.gradient_checkpointing:
+        raise ValueError("--share_instruction_kv and --gradient_checkpointing exclude each other")
     texts = options.texts
     path = resolve_model_name(options.model_name_or_path)
     config = AutoConfig.from_pretrained(path, revision=options.model_revision)
@@ -630,7 +807,6 @@ def train_pair(
         prompts[stream], log = _train_prompt(stream, model, getattr(initial, stream), pairs, options, args)
         losses[stream] = _held_out_summary(log, args)
     model.eval()
-    template = tokenizer.get_chat_template() if uses_chat(options, tokenizer) else None
     demo = options.model_name_or_path == DEMO_MODEL
     config = dataclasses.replace(
         initial.config,
@@ -638,7 +814,8 @@ def train_pair(
         base_model_revision=options.model_revision,
         alpha=options.alpha,
         beta=options.beta,
-        chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if template else None,
+        share_instruction_kv=options.share_instruction_kv,
+        chat_template_sha256=chat_template_digest(tokenizer) if uses_chat(options, tokenizer) else None,
         training=settings
         | {"dtype": str(model.dtype).removeprefix("torch."), "held_out_loss": losses, "versions": _versions()},
     )
@@ -685,7 +862,8 @@ def training_settings(
     tokenizer: PreTrainedTokenizerBase, pairs: AnchorTokens, options: OPOArguments, args: TrainingArguments
 ) -> dict[str, Any]:
     """What decides how the prompts come out, for the pair's config: enough to train it again."""
-    ours = ("dtype", "num_virtual_tokens", "max_response_tokens", "held_out_fraction")
+    ours = ("dtype", "num_virtual_tokens", "share_instruction_kv")
+    data = ("balance", "max_response_tokens", "held_out_fraction")
     weights = ("lp_weight", "ln_weight", "lr_weight", "retain", "adversarial_epochs")
     run = ("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
     optimiser = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
@@ -700,7 +878,7 @@ def training_settings(
         "chat": uses_chat(options, tokenizer),
         **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),
         "init_pair": start.digest if (start := options.start) else None,
-        **{name: getattr(options, name) for name in (*ours, *weights)},
+        **{name: getattr(options, name) for name in (*ours, *data, *weights)},
         **{name: getattr(args, name) for name in (*run, *optimiser, *order, "bf16", "fp16", *kept)},
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "optim": str(getattr(args.optim, "value", args.optim)),
@@ -724,7 +902,7 @@ def _train_prompt(
     if (folder / LOG_NAME).is_file():
         prompt = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
         return prompt, json.loads((folder / LOG_NAME).read_text(encoding="utf-8"))
-    opo = OPOModel.from_prompt(model, initial)
+    opo = OPOModel.from_prompt(model, initial, share_instruction_kv=options.share_instruction_kv)
     checkpoint = _last_checkpoint(folder)
     trainer = OPOTrainer(
         stream,
