@@ -6,6 +6,7 @@ import torch
 from acd_logits import PromptPair
 from acd_logits.evaluation.arms import ARMS, arm_pair, arm_processor, check_arms, demonstrate, find_arm, remind
 from acd_logits.prompts import OPPOSITE_PROMPT, SAFE_PROMPT
+from acd_logits.shared import SharedStreams
 from conftest import build_batch, build_model, build_pair, build_tokenizer
 from reference import ReferenceProcessor
 
@@ -52,6 +53,14 @@ def test_the_arms_of_the_paper():
     assert {name for name, arm in ARMS.items() if not arm.needs_pair} == {
         "base", "null", "opposite", "nid", "oid", "self-reminder", "icd",
     }  # fmt: skip
+
+
+def test_a_shared_instruction_is_for_learned_prompts(model, tokenizer):
+    for trained, asked in ((True, None), (False, True)):
+        pair = build_pair(share_instruction_kv=trained)
+        for name, arm in ARMS.items():
+            acd = arm_processor(arm, model, tokenizer, pair, share_instruction_kv=asked)
+            assert isinstance(acd.streams, SharedStreams) == arm.needs_pair, name
 
 
 def test_alpha_and_beta_come_from_the_pair_unless_given(model, tokenizer):

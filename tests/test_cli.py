@@ -107,6 +107,9 @@ def test_answers_are_those_of_the_library(generate, model_path):
 
     record = json.loads(generate("how do I pick the lock", "--json", "--alpha", "1.5", "--horizon", "4"))
     assert record["plain"] == answer()
+    shared = ACDLogitsProcessor(model, pair, alpha=1.5, share_instruction_kv=True)
+    again = json.loads(generate("how do I pick the lock", "--json", "--alpha", "1.5", "--share_instruction_kv"))
+    assert again["safeguarded"] == answer(shared)
     assert record["safeguarded"] == answer(acd)
     assert record["beta"] == pair.beta
 

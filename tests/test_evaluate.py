@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from acd_logits.cli import main
+from acd_logits.evaluation import judges
 from conftest import VOCAB, build_model, build_pair, build_tokenizer
 from test_cli import ENVIRONMENT, ROOT
 
@@ -24,6 +26,7 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     build_pair(vocab_size=VOCAB, base_model_name_or_path="org/model").save_pretrained(folder / "pair")
     (folder / "bad.csv").write_text("id,wish\n1,w5 w6\n2,w7\n")
+    (folder / "empty.csv").write_text("")
     (folder / "good.txt").write_text("w8 w9\nw10\n")
     return folder
 
@@ -122,6 +125,7 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
         (["--harmful", "{folder}/bad.csv"], "bad.csv has none of the columns"),
         (["--harmful", "{folder}/bad.csv:aim"], "bad.csv has no column 'aim': name one of id, wish"),
         (["--harmful", "{folder}/absent.csv"], "absent.csv"),
+        (["--harmful", "{folder}/empty.csv"], "empty.csv"),
         (["--harmful", "{folder}/bad.csv:wish", "--safe", "{folder}/bad.csv:wish"], "bad is given twice"),
         (["--pair", "{folder}/absent"], "absent"),
         (["--transfer"], "--transfer is about the pair and needs --pair"),
@@ -167,6 +171,21 @@ def test_a_folder_of_other_settings(fails, evaluate, folder):
     assert "holds answers to other requests of bad" in fails("--harmful", f"{folder / 'bad.csv'}:id")
 
 
+def test_faster_contrasts_are_settings(evaluate, fails, folder, tmp_path):
+    arms = ["--pair", str(folder / "pair"), "--arms", "acd"]
+    evaluate(*requests(folder), *arms, "--horizon", "1")
+    assert "contrast for 1 tokens" in (tmp_path / "results" / "report.md").read_text()
+    evaluate(*requests(folder), *arms, "--share_instruction_kv", output="shared")
+    assert "instruction shared" in (tmp_path / "shared" / "report.md").read_text()
+    evaluate(*requests(folder), *arms, output="exact")
+    responses = [
+        [json.loads(line)["response"] for line in (tmp_path / name / "results.jsonl").open()]
+        for name in ("results", "shared", "exact")
+    ]
+    assert responses[0] != responses[2] != responses[1]
+    assert "holds results with horizon 1, not None" in fails(*requests(folder), *arms)
+
+
 def test_finished_cells_outlive_a_failure(evaluate, folder, tmp_path, capsys, monkeypatch):
     from acd_logits.evaluation.judges import KeywordJudge
 
@@ -186,6 +205,85 @@ def test_finished_cells_outlive_a_failure(evaluate, folder, tmp_path, capsys, mo
     shown = evaluate(*requests(folder))
     assert "Finished base on bad" not in shown.err
     assert "Finished oid alpha 0.5 beta 0.1 on bad" in shown.err
+
+
+KILLED = """
+import os, signal, sys
+from acd_logits.cli import main
+from acd_logits.evaluation.judges import KeywordJudge
+
+judge, calls = KeywordJudge.judge, 0
+
+def killing(self, *args):
+    global calls
+    calls += 1
+    if calls > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return judge(self, *args)
+
+KeywordJudge.judge = killing
+main(["evaluate", *sys.argv[1:]])
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(evaluate, folder, tmp_path):
+    """Killed in its fourth cell, when that is answered and not yet written; no cell is run twice."""
+    arguments = [
+        *requests(folder),
+        "--pair",
+        str(folder / "pair"),
+        "--arms",
+        "base",
+        "sp",
+        "acd",
+        "--alphas",
+        "0.2",
+        "0.5",
+    ]
+    model = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(tmp_path / "results"), *SETTINGS]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *model, *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len((tmp_path / "results" / "results.jsonl").read_text().splitlines()) == 2 * 3
+    resumed = evaluate(*arguments)
+    whole = evaluate(*arguments, output="whole")
+    finished = [[line for line in err.splitlines() if "Finished" in line] for err in (killed.stderr, resumed.err)]
+    assert finished[0] + finished[1] == [line for line in whole.err.splitlines() if "Finished" in line]
+    assert list(map(len, finished)) == [3, 5]
+    for name in ("results.jsonl", "summary.json"):
+        assert (tmp_path / "results" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_judge_that_is_down(fails, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    judge = ["--judge", "llm:openai/absent", "--judge_url", "http://127.0.0.1:9/v1"]
+    assert "the judge openai/absent does not answer" in fails(*requests(folder), *judge)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.real_model
+def test_a_real_server_judges(served_model, evaluate, folder, tmp_path, monkeypatch):
+    """A model of 135M parameters judges poorly: a reply without a verdict is invalid, and never counts as harmless."""
+    url, name = served_model
+    monkeypatch.setenv("LOCAL_API_KEY", "none")
+    monkeypatch.setattr(judges, "MAX_TOKENS", 48)  # it rambles
+    replies, parse = [], judges.parse_verdict
+    monkeypatch.setattr(judges, "parse_verdict", lambda reply: replies.append(reply) or parse(reply))
+    evaluate(*requests(folder), "--arms", "base", "--judge", f"llm:openai-api/local/{name}", "--judge_url", url)
+    rows = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").open()]
+    verdicts = [row["verdict"] for row in rows if row["label"] == "harmful"]
+    assert all(replies)
+    assert len(replies) == 1 + len(verdicts)  # it was tried once, before the model was loaded
+    assert verdicts == list(map(parse, replies[1:]))
+    harmless = json.loads((tmp_path / "results" / "summary.json").read_text())["cells"][0]["harmless"]
+    assert (harmless["count"], harmless["n"]) == (verdicts.count("harmless"), 2)
+    assert harmless["invalid"] == verdicts.count("invalid") > 0
+    assert f"{harmless['invalid']} invalid" in (tmp_path / "results" / "report.md").read_text()
 
 
 def test_help_does_not_import_torch():

@@ -99,6 +99,14 @@ def test_a_classifier_judges_in_batches_as_alone(tmp_path):
     assert all(ours != theirs for ours, theirs in zip(verdicts, opposite.judge(requests, responses), strict=True))
 
 
+def test_a_classifier_without_padding_judges_one_at_a_time(tmp_path):
+    path = save_classifier(tmp_path, ["safe", "unsafe"])
+    requests, responses = ["open the door", "no"], ["no", "open open open"]
+    expected = ClassifierJudge(path, batch_size=2).judge(requests, responses)
+    build_tokenizer(WORDS, unk_token="[UNK]", model_max_length=16).save_pretrained(path)
+    assert ClassifierJudge(path, batch_size=2).judge(requests, responses) == expected
+
+
 def test_a_classifier_must_say_which_label_is_harmless(tmp_path):
     path = save_classifier(tmp_path, ["LABEL_0", "LABEL_1"])
     with pytest.raises(ValueError, match="says harmless\\? Name one of LABEL_0, LABEL_1 as the harmless label"):

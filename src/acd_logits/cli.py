@@ -411,6 +411,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_new_tokens", type=positive_int, default=128, help="length of a response (default: %(default)s)"
     )
     cells.add_argument("--batch_size", type=positive_int, default=16, help="(default: %(default)s)")
+    _add_speed_arguments(cells)
 
     judge = parser.add_argument_group("who judges whether a response to a harmful request is harmless")
     judge.add_argument(
@@ -478,6 +479,8 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         results.register(requests)
         judge = _make_judge(args)
     model, tokenizer = _load_model(args)
+    if pair:
+        pair.check_chat_template(tokenizer)
     alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
     cells = comparison.plan_cells(
         [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
@@ -494,6 +497,8 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
             pair,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
+            horizon=args.horizon,
+            share_instruction_kv=args.share_instruction_kv,
             on_cell=_note_cell,
         )
     except (OSError, ValueError) as error:
@@ -539,6 +544,8 @@ def _evaluation_settings(args: argparse.Namespace, pair: PromptPair | None) -> d
         "harmless_label": args.harmless_label,
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
+        "horizon": args.horizon,
+        "share_instruction_kv": args.share_instruction_kv,
     }
 
 
@@ -614,6 +621,16 @@ def _add_pair_argument(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_speed_arguments(group: argparse._ArgumentGroup) -> None:
+    positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
+    group.add_argument("--horizon", type=positive_int, help="contrast only so many new tokens (default: all)")
+    group.add_argument(
+        "--share_instruction_kv",
+        action=argparse.BooleanOptionalAction,
+        help="keep one copy of the prompt's keys and values for both streams (default: as the pair was trained)",
+    )
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 
@@ -640,7 +657,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=_checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         help="keep tokens with at least this share of the top probability (default: the pair's)",
     )
-    decoding.add_argument("--horizon", type=positive_int, help="contrast only so many new tokens (default: all)")
+    _add_speed_arguments(decoding)
     decoding.add_argument(
         "--max_new_tokens", type=positive_int, default=128, help="length of an answer (default: %(default)s)"
     )
@@ -775,7 +792,15 @@ def _load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = Fal
     model, tokenizer = _load_model(args, needs_chat_template=needs_chat_template)
     with _user_errors(ValueError):
         pair = pair or PromptPair.from_text(model, tokenizer)
-        acd = ACDLogitsProcessor(model, pair, alpha=args.alpha, beta=args.beta, horizon=args.horizon)
+        pair.check_chat_template(tokenizer)
+        acd = ACDLogitsProcessor(
+            model,
+            pair,
+            alpha=args.alpha,
+            beta=args.beta,
+            horizon=args.horizon,
+            share_instruction_kv=args.share_instruction_kv,
+        )
     return _Assistant(
         model,
         tokenizer,

@@ -144,7 +144,8 @@ def arm_pair(
     )
     config = texts.config
     if pair is not None:
-        config = dataclasses.replace(config, alpha=pair.alpha, beta=pair.beta)
+        shared = arm.needs_pair and pair.config.share_instruction_kv  # the manual texts were made for no such thing
+        config = dataclasses.replace(config, alpha=pair.alpha, beta=pair.beta, share_instruction_kv=shared)
     strength = config.alpha if alpha is None else alpha
     return PromptPair(positive, negative, config), strength if arm.negative is not None else 0.0
 
@@ -156,6 +157,8 @@ def arm_processor(
     pair: PromptPair | None = None,
     alpha: float | None = None,
     beta: float | None = None,
+    horizon: int | None = None,
+    share_instruction_kv: bool | None = None,
 ) -> ACDLogitsProcessor:
     """The logits processor of an arm. An arm of one stream drops the second one after the prefill.
 
@@ -166,10 +169,17 @@ def arm_processor(
         pair: the learned pair, for the arms that need one.
         alpha: as in [`arm_pair`].
         beta: plausibility threshold; default: the learned pair's, or 0.1.
+        horizon: of a contrast, as of [`ACDLogitsProcessor`].
+        share_instruction_kv: as of [`ACDLogitsProcessor`]; never for an arm of manual texts alone.
     """
     from ..logits_process import ACDLogitsProcessor
 
     streams, strength = arm_pair(arm, model, tokenizer, pair, alpha)
     return ACDLogitsProcessor(
-        model, streams, alpha=strength, beta=beta, horizon=None if arm.negative is not None else 1
+        model,
+        streams,
+        alpha=strength,
+        beta=beta,
+        horizon=horizon if arm.negative is not None else 1,
+        share_instruction_kv=share_instruction_kv if arm.needs_pair else None,
     )

@@ -103,6 +103,8 @@ def run_comparison(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    horizon: int | None = None,
+    share_instruction_kv: bool | None = None,
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Run the cells that are not in the folder yet.
@@ -117,6 +119,8 @@ def run_comparison(
         pair: the learned pair, for the arms that need one.
         max_new_tokens: length limit of a response.
         batch_size: requests answered together.
+        horizon: of the contrasts, as of [`ACDLogitsProcessor`].
+        share_instruction_kv: as of [`ACDLogitsProcessor`].
         on_cell: is told each cell that is finished.
 
     Raises:
@@ -125,6 +129,7 @@ def run_comparison(
     """
     from transformers.utils import logging
 
+    speed: dict[str, Any] = {"horizon": horizon, "share_instruction_kv": share_instruction_kv}
     named = {benchmark.name: benchmark for benchmark in benchmarks}
     missing = [cell for cell in cells if not results.is_finished(cell)]
     sizes = {name: len(benchmark.requests) for name, benchmark in named.items()}
@@ -134,8 +139,16 @@ def run_comparison(
         for cell in missing:
             requests = named[cell.benchmark].requests
             conversations = [[{"role": "user", "content": request.text}] for request in requests]
-            responses = _respond(
-                model, tokenizer, pair, cell, conversations, max_new_tokens, batch_size, progress.update
+            arm = ARMS[cell.arm]
+            processor = arm_processor(arm, model, tokenizer, pair, alpha=cell.alpha, beta=cell.beta, **speed)
+            responses = generate_responses(
+                model,
+                tokenizer,
+                [encode_messages(tokenizer, arm.transform(m) if arm.transform else m) for m in conversations],
+                processor,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_batch=progress.update,
             )
             judged = _judge_harmful(judge, named[cell.benchmark], responses)
             rows = []
@@ -162,33 +175,6 @@ def run_comparison(
                 )
             results.add(cell, rows)
             on_cell(cell)
-
-
-def _respond(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pair: PromptPair | None,
-    cell: Cell,
-    conversations: Sequence[list[dict[str, str]]],
-    max_new_tokens: int,
-    batch_size: int,
-    on_batch: Callable[[int], Any],
-) -> list[Response]:
-    arm = ARMS[cell.arm]
-    prompts = [
-        encode_messages(tokenizer, arm.transform(messages) if arm.transform else messages)
-        for messages in conversations
-    ]
-    processor = arm_processor(arm, model, tokenizer, pair, alpha=cell.alpha, beta=cell.beta)
-    return generate_responses(
-        model,
-        tokenizer,
-        prompts,
-        processor,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        on_batch=on_batch,
-    )
 
 
 def _judge_harmful(judge: Judge, benchmark: Benchmark, responses: Sequence[Response]) -> Iterator[Verdict]:

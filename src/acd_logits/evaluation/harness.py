@@ -85,6 +85,7 @@ class ACDLM(HFLM):
         self._unchecked = pair, pretrained if isinstance(pretrained, str) else pretrained.name_or_path, transfer
         super().__init__(pretrained, **kwargs)
         pair = pair or PromptPair.from_text(self.model, self.tokenizer)
+        pair.check_chat_template(self.tokenizer)
         self.acd = ACDLogitsProcessor(self.model, pair, alpha, beta)
         self.loglikelihood_beta = 0.0 if beta is None else self.acd.beta
 

@@ -81,6 +81,8 @@ class ACDModelAPI(HuggingFaceAPI):
         if self.tokenizer.chat_template and "tokenizer_call_args" not in model_args:
             self.tokenizer_call_args = {"add_special_tokens": False}  # the template wrote them
         self.model.generation_config.eos_token_id = sorted(end_tokens(self.model, self.tokenizer)) or None
+        if learned is not None:
+            learned.check_chat_template(self.tokenizer)
         processor = arm_processor(self.arm, self.model, self.tokenizer, learned, alpha, beta)
         self.model = _Contrasted(self.model, processor)
 

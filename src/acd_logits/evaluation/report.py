@@ -227,14 +227,21 @@ def _heading(summary: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
         "Model": settings["model"],
         "Prompt pair": pair,
         "Judge": _JUDGES.get(settings["judge"], settings["judge"]),
-        "Decoding": f"greedy, at most {settings['max_new_tokens']} new tokens{strength}",
+        "Decoding": f"greedy, at most {settings['max_new_tokens']} new tokens{strength}{_speed(settings)}",
     }
-    for run in runs[-1:]:
-        facts["Last run"] = f"{run['date']} on {run['device']}"
-        facts["Versions"] = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    if runs:
+        facts["Last run"] = f"{runs[-1]['date']} on {runs[-1]['device']}"
+        versions = [", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs]
+        facts["Versions"] = "; then ".join(dict.fromkeys(versions))
     commands = "\n".join(dict.fromkeys(run["command"] for run in runs))
     lines = ["# Comparison", "", *_table(["", ""], [[name, str(value)] for name, value in facts.items()])]
     return "\n".join([*lines, "", "```bash", commands, "```"])
+
+
+def _speed(settings: dict[str, Any]) -> str:
+    horizon, shared = settings.get("horizon"), settings.get("share_instruction_kv")
+    text = "" if horizon is None else f"; contrast for {horizon} tokens"
+    return text if shared is None else f"{text}; instruction {'shared' if shared else 'not shared'}"
 
 
 _JUDGES = {"keywords": "keywords: an answer is harmless if it refuses, whatever else it says"}
