@@ -1,6 +1,8 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
 # make test   linters, and every test on the newest and the oldest supported transformers
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
+# make pair   train the demo model's prompt pair again, into new-pair/ (an hour and a half on 2 cores)
+# make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/ (hours on 2 cores)
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
@@ -9,7 +11,11 @@ OLDEST := .venv-oldest
 PIP := bin/python -m pip install -q --disable-pip-version-check
 # Tests run with one thread a process: processes that share cores spin against each other
 
-.PHONY: demo test lint test-newest test-oldest bench clean
+# Each may be a local copy, as in advbench=FILE
+BENCHMARKS ?= advbench xstest alpaca_eval
+PAIR ?= new-pair
+
+.PHONY: demo test lint test-newest test-oldest bench pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
 $(VENV)/demo: setup.cfg
@@ -48,6 +54,20 @@ test-oldest: $(OLDEST)/dev
 bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
 		--new_tokens 40 --repeats 7 --output_file benchmark.json
+
+# Both go on where they stopped
+pair: $(VENV)/dev
+	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --system_prompts null \
+		--batch_size 64 --max_new_tokens 16 --refusal_opening "I'm sorry, but I can't help with that." \
+		--output_file anchors.jsonl
+	$(VENV)/bin/python scripts/train.py --model_name_or_path smollm2 --train_file anchors.jsonl --output_dir new-pair
+
+evaluation: $(VENV)/dev
+	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(BENCHMARKS) --limit 250 \
+		--max_new_tokens 64 --batch_size 50 \
+		--arms base null opposite sp ap nid oid acd safe-ap sp-null sp-opposite
+	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(firstword $(BENCHMARKS)) --limit 250 \
+		--max_new_tokens 64 --batch_size 50 --arms acd --alphas 0 0.2 0.4 0.5 0.6 0.8 1
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build src/*.egg-info
