@@ -1,8 +1,8 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
 # make test   linters, and every test on the newest and the oldest supported transformers
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
-# make pair   train the demo model's prompt pair again, into new-pair/ (an hour and a half on 2 cores)
-# make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/ (hours on 2 cores)
+# make pair   train the demo model's prompt pair again, into new-pair/ (an hour and more on 2 cores)
+# make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
 PYTHON ?= python3
 TORCH := torch==2.13.0

@@ -25,10 +25,10 @@ The arms answer the same random prompts, greedily and without an end-of-sequence
 Plain and guidance run while ACD's hooks are on the model, where they pass everything through (some microseconds).
 
 Columns: time to the first token (with the prefill of all streams), decode time per token after the first, wall time
-of the whole generate call, the memory of the cache it returns (guidance returns one of its two), and its peak memory
-above the level before it. Times are medians over the repeats. A ratio
-compares an arm with plain in the same repeat: median (minimum to maximum). Memory (allocated on CUDA, resident on
-Linux) is measured in a call of its own with a new processor, so the soft prompts' keys and values are included.
+of the whole generate call, the memory of the keys and values it returns (guidance returns one of its two caches), and
+its peak memory above the level before it. Times are medians over the repeats. A ratio compares an arm with plain in
+the same repeat: median (minimum to maximum). Peak memory (allocated on CUDA, resident on Linux) is measured in a call
+of its own with a new processor, so the soft prompts' keys and values are included.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from transformers.utils.logging import tqdm
 from acd_logits import ACDLogitsProcessor, PromptPair, __version__
 from acd_logits.cli import CommandError, CommandParser, run_command
 from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
+from acd_logits.shared import check_shareable
 
 SHAPES = (
     "vocab_size",
@@ -171,9 +172,9 @@ def generate(setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any]) -> d
         raise RuntimeError(f"made {new_tokens} tokens in {len(clock.times)} steps instead of {setup.new_tokens}")
     decode = (clock.times[-1] - clock.times[0]) / (new_tokens - 1)
     values = (clock.times[0] - start, decode, end - start)
-    cache_bytes = sum(
-        kv.untyped_storage().nbytes() for c in output.past_key_values.layers for kv in (c.keys, c.values)
-    )
+    layers = output.past_key_values.layers
+    stored = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
+    cache_bytes = sum(kv.untyped_storage().nbytes() for kv in stored if kv is not None)  # recurrent states have none
     return {**dict(zip(METRICS, values, strict=True)), "new_tokens": new_tokens, "cache_bytes": cache_bytes}
 
 
@@ -208,10 +209,9 @@ def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: An
     for arm in setup.arms:
         generate(setup, prompt, arguments[arm])  # warm-up
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in setup.arms}
-    names = setup.arms
     for repeat in range(setup.repeats):
-        first = repeat % len(names)
-        for arm in names[first:] + names[:first]:
+        first = repeat % len(setup.arms)
+        for arm in setup.arms[first:] + setup.arms[:first]:
             runs[arm].append(generate(setup, prompt, arguments[arm]))
             progress.update()
     for arm in setup.arms:
@@ -263,6 +263,11 @@ def load_setup(args: argparse.Namespace) -> Setup:
             model = AutoModelForCausalLM.from_pretrained(resolve_model_name(args.model_name_or_path), **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise CommandError(f"cannot make the model: {' '.join(str(error).split())}") from error
+    if "shared" in args.arms:
+        try:
+            check_shareable(model)
+        except ValueError as error:
+            raise CommandError(f"{error} (choose --arms without shared)") from None
     model.to(args.device).eval()
     needed = max(args.num_virtual_tokens, args.adversarial_tokens) + max(args.prompt_lengths) + args.new_tokens
     if needed > getattr(model.config, "max_position_embeddings", needed):

@@ -192,6 +192,12 @@ def test_what_does_not_fit_is_said_before_the_model_is_loaded(paths, tmp_path, m
         build((paths[0], str(tmp_path)))
 
 
+def test_a_shared_instruction_scores_no_texts():
+    acd = ACDLogitsProcessor(build_model(), build_pair(share_instruction_kv=True))
+    with pytest.raises(ValueError, match="where its instruction ends: choose tasks that generate"):
+        contrasted_logits(acd, torch.tensor([[5, 6, 7]]), 0.0)
+
+
 CHOICES = """\
 task: tiny_choices
 dataset_path: json

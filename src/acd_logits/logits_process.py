@@ -69,9 +69,9 @@ class ACDLogitsProcessor(LogitsProcessor):
         beta: keep tokens with `P_S >= beta * max P_S`; 0 is eq. 5 alone. Default: the pair's.
         horizon: contrast the first `horizon` new tokens, then go on with the safeguarding stream alone at the cost
             of plain decoding; `None` contrasts all.
-        share_instruction_kv: keep one copy of the prompt's keys and values for both streams (see `shared.py`): its
-            prefill and its memory cost what plain generation's do. Exact for a pair that was trained so, and an
-            approximation for any other. Default: as the pair was trained.
+        share_instruction_kv: keep one copy of the prompt's keys and values for both streams (see `shared.py`), which
+            one plain prefill computes. Exact for a pair that was trained so, and an approximation for any other.
+            Default: as the pair was trained.
 
     Raises:
         ValueError: for a value out of range, a pair that does not fit the model, or a model ACD cannot run on.

@@ -253,15 +253,9 @@ class PairedCache(Cache):
         Raises:
             ValueError: for an input that has no meaning in the second stream.
         """
-        check_pairable(call)
-        x = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-        rows, new = x.shape[:2]
-        if self.rows and self.inner is not None and rows != self.rows:
-            raise ValueError(f"this cache holds {self.rows} rows, but the model was called with {rows}.")
-        self.rows = rows
-        self.interrupted = True  # from here on, until `split`, this object and the inner cache change
-        self._drop_adversarial_rows(call)
-        seen = self.seen if self.inner is not None else 0
+        key, seen, positions = self._start(call)
+        x = call[key]
+        new = x.shape[1]
         if not seen and self.reuses:
             self._write_prompts(x.device)
 
@@ -271,10 +265,7 @@ class PairedCache(Cache):
         paired["attention_mask"] = self._mask(call.get("attention_mask"), seen + new, x.device)
         if name == "cache_params" and seen:
             paired["attention_mask"] = None  # a recurrent state has no slots left to mask
-        positions = call.get("position_ids")
-        if positions is None:
-            positions = torch.arange(seen, seen + new, device=x.device)[None]
-        positions = self._each(positions.expand(rows, new)) + self._each_length(x.device)
+        positions = self._each(positions) + self._each_length(x.device)
 
         if not self.reuses and (not seen or seen < self.longest_pad):
             # Some of these slots hold soft prompt: the whole call goes through embeddings
@@ -283,11 +274,36 @@ class PairedCache(Cache):
             if isinstance(call.get("logits_to_keep"), torch.Tensor) and not seen:
                 paired["logits_to_keep"] = call["logits_to_keep"] + self.streams.width
         else:
-            key = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
             paired[key] = self._each(x)
         if self.streams.takes_positions:
             paired["position_ids"] = positions
         return paired
+
+    def _start(self, call: dict[str, Any]) -> tuple[str, int, torch.Tensor]:
+        """Check a forward of B rows and make ready for it.
+
+        Returns:
+            The argument that carries x, how many visible tokens are held, and the position ids of x, `[B, tokens]`.
+        """
+        check_pairable(call)
+        key = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
+        rows, new = call[key].shape[:2]
+        if self.rows and self.inner is not None and rows != self.rows:
+            raise ValueError(f"this cache holds {self.rows} rows, but the model was called with {rows}.")
+        self.rows = rows
+        self.interrupted = True  # from here on, until `_finish`, this object and the inner cache change
+        self._drop_adversarial_rows(call)
+        seen = self.seen if self.inner is not None else 0
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = torch.arange(seen, seen + new, device=call[key].device)[None]
+        return key, seen, positions.expand(rows, new)
+
+    def _finish(self, call: PairedCall) -> None:
+        if self.inner is not None:
+            self.seen += call.new
+        self.last = self.seen if self.inner is not None else call.new
+        self.interrupted = False
 
     def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:
         """Hand back the S rows of an output of 2B rows, and keep the A rows' logits."""
@@ -297,10 +313,8 @@ class PairedCache(Cache):
             output[key] = self._visible(value, call.new)
         output["logits"] = both[: self.rows]
         if self.inner is not None:
-            self.seen += call.new
             output[call.name] = self
-        self.last = self.seen if self.inner is not None else call.new
-        self.interrupted = False
+        self._finish(call)
         return output
 
     def adversarial_logits(self, ids_length: int) -> torch.Tensor | None:
@@ -411,11 +425,12 @@ class PairedCache(Cache):
         else:
             new_tokens = self.seen + 1 - self.prompt_length
         if new_tokens >= self.horizon:
-            self.alone = True
             if self.inner is not None:
                 self._keep_safeguarding(self.inner)
+            self.alone = True
 
     def _keep_safeguarding(self, inner: Cache) -> None:
+        """Drop what belongs to the adversarial stream, while `alone` does not say so yet."""
         inner.reorder_cache(torch.arange(self.rows))
 
     def _visible(self, value: Any, new: int) -> Any:

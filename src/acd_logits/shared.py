@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .paired import PairedCache, PairedCall, PairedStreams, check_pairable, reuses_prefix
+from .paired import PairedCache, PairedCall, PairedStreams, reuses_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,26 +100,14 @@ class SharedCache(PairedCache):
 
     def pair(self, call: dict[str, Any], name: str) -> PairedCall:
         """The call of both streams for a call of one; runs what is new of the shared instruction on the way."""
-        check_pairable(call)
-        key = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
-        x = call[key]
-        rows, new = x.shape[:2]
-        if self.rows and self.inner is not None and rows != self.rows:
-            raise ValueError(f"this cache holds {self.rows} rows, but the model was called with {rows}.")
         if isinstance(call.get("logits_to_keep"), torch.Tensor):
             raise ValueError("share_instruction_kv takes a number as logits_to_keep.")
-        self.rows = rows
-        self.interrupted = True
-        self._drop_adversarial_rows(call)
-        seen = self.seen if self.inner is not None else 0
+        key, seen, positions = self._start(call)
+        x = call[key]
+        new = x.shape[1]
         visible = call.get("attention_mask")
         if visible is None:
-            visible = torch.ones(rows, seen + new, dtype=torch.long, device=x.device)
-        positions = call.get("position_ids")
-        if positions is None:
-            positions = torch.arange(seen, seen + new, device=x.device)[None]
-        positions = positions.expand(rows, new)
-
+            visible = torch.ones(self.rows, seen + new, dtype=torch.long, device=x.device)
         cache: Any = self.inner
         if cache is None:
             cache = DynamicCache(config=self.streams.model.config.get_text_config(decoder=True))
@@ -151,11 +139,8 @@ class SharedCache(PairedCache):
                 self.adversarial = output.logits[:, 1::2]
             for key, value in output.items():
                 output[key] = self._visible(value, call.new)
-        if self.inner is not None:
-            self.seen += call.new
         output[call.name] = self
-        self.last = self.seen if self.inner is not None else call.new
-        self.interrupted = False
+        self._finish(call)
         return output
 
     # ----- slots and masks -----
@@ -198,9 +183,7 @@ class SharedCache(PairedCache):
         return mask.masked_fill_(~(sees & shown[:, None])[:, None], torch.finfo(dtype).min)
 
     def _keep_safeguarding(self, inner: Cache) -> None:
-        self.alone = False  # the slots as they still are
         stream, _ = self._slots(self.seen, torch.device("cpu"))
-        self.alone = True
         kept = (stream != 1).nonzero()[:, 0]
         for layer in inner.layers:
             layer.keys, layer.values = (kv[..., kept.to(kv.device), :] for kv in (layer.keys, layer.values))

@@ -342,6 +342,8 @@ class OPOModel(PeftModelForCausalLM):
         model = self.get_base_model()
         soft = self.soft_prompt if prompted else self.soft_prompt[:0]
         if self.share_instruction_kv:
+            if _checkpoints_gradients(model):  # which keeps no keys and values: the soft prompt would be lost
+                raise ValueError("a shared instruction cannot be trained under gradient checkpointing")
             return _forward_behind_instruction(model, soft, input_ids, attention_mask, response_length)
         if self.shares_prefix():
             return _forward_behind_prefix(model, soft, input_ids, attention_mask, response_length)

@@ -25,6 +25,7 @@ from ..logits_process import ACDLogitsProcessor, check_alpha, check_beta, contra
 from ..paired import CACHE_NAMES, PairedCache
 from ..prompt_pair import PromptPair
 from ..prompts import MANUAL_TEXTS
+from ..shared import SharedStreams
 from .comparison import check_pair
 
 if TYPE_CHECKING:
@@ -151,7 +152,15 @@ def contrasted_logits(acd: ACDLogitsProcessor, input_ids: torch.Tensor, beta: fl
 
     Returns:
         `[B, T, vocab]` unnormalised float32 scores of the token that follows each position, `-inf` for those cut.
+
+    Raises:
+        ValueError: the processor shares the instruction, and nothing here says where an instruction ends.
     """
+    if isinstance(acd.streams, SharedStreams):
+        raise ValueError(
+            "log-likelihoods cannot be scored under share_instruction_kv, since a text to score does not say where "
+            "its instruction ends: choose tasks that generate."
+        )
     model = acd.model
     # The forward's hooks answer a call that carries a paired cache: see paired.py
     cache = PairedCache(acd.streams, DynamicCache(config=model.config.get_text_config(decoder=True)))
