@@ -93,7 +93,7 @@ class OPOArguments:
     )
     safe_prompt_file: str | None = HfArg(default=None, help="text that SP starts as (default: the package's)")
     opposite_prompt_file: str | None = HfArg(default=None, help="text that AP starts as (default: the package's)")
-    num_virtual_tokens: int | None = HfArg(default=None, help="length of both prompts (default: of their texts)")
+    num_virtual_tokens: int | None = HfArg(default=None, help="length of both prompts (default: of the shorter text)")
     init_pair: str | None = HfArg(default=None, help="folder or Hub id of a pair to go on from, instead of the texts")
     share_instruction_kv: bool = HfArg(
         default=False,
@@ -748,10 +748,10 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> tuple[str, PreTra
     pairs.held_out.sort(key=lambda e: len(e["input_ids"]))  # prompts of like length in a batch save padding
     _check_splits(pairs)
     if start := options.start:
-        longest = max(len(start.safeguarding), len(start.adversarial))
+        length = max(len(start.safeguarding), len(start.adversarial))
     else:
-        longest = max(len(system_prompt_ids(tokenizer, text)) for text in texts)
-    _check_context(config, pairs, options.num_virtual_tokens or longest)
+        length = min(len(system_prompt_ids(tokenizer, text)) for text in texts)
+    _check_context(config, pairs, options.num_virtual_tokens or length)
     check_same_run(Path(args.output_dir), training_settings(tokenizer, pairs, options, args))
     return path, tokenizer, pairs
 
@@ -841,7 +841,8 @@ def uses_chat(options: OPOArguments, tokenizer: PreTrainedTokenizerBase) -> bool
 def initial_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: OPOArguments) -> PromptPair:
     """What both prompts start as.
 
-    By eq. 1, the embeddings of their texts, cut off or repeated to `num_virtual_tokens`; or another pair.
+    By eq. 1, the embeddings of their texts, cut off or repeated to `num_virtual_tokens`, by default to the length of
+    the shorter one (vLLM serves pairs of one length only); or another pair.
 
     Raises:
         OSError: the other pair cannot be loaded.
@@ -852,11 +853,12 @@ def initial_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         config = dataclasses.replace(start.config, results={})  # which were measured on that pair
         return PromptPair(start.safeguarding.float(), start.adversarial.float(), config)
 
+    pair = PromptPair.from_text(model, tokenizer, *options.texts)
+    length = options.num_virtual_tokens or min(len(pair.safeguarding), len(pair.adversarial))
+
     def fit(prompt: torch.Tensor) -> torch.Tensor:
-        length = options.num_virtual_tokens or len(prompt)
         return prompt.float().repeat(math.ceil(length / len(prompt)), 1)[:length]
 
-    pair = PromptPair.from_text(model, tokenizer, *options.texts)
     return PromptPair(fit(pair.safeguarding), fit(pair.adversarial), pair.config)
 
 
