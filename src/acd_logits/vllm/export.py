@@ -1,0 +1,263 @@
+"""`acd-logits export-vllm`: a folder that `vllm serve` starts as it is (layout: `exported`)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from ..logits_process import check_alpha, check_beta
+from ..prompt_pair import PromptPair
+from .exported import PLACEHOLDER, PREFIX, TENSORS, TENSORS_NAME, ExportedPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_PROBES = 16  # tokens whose embeddings vLLM compares
+
+# A post-processor that adds nothing
+_TEXT = [{"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1))]
+_PLAIN = {"type": "TemplateProcessing", "single": _TEXT[:1], "pair": _TEXT, "special_tokens": {}}
+
+
+def export(
+    model_name_or_path: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    pair: PromptPair | None = None,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+) -> None:
+    """Write the folder. It appears in one step, or not at all.
+
+    The base model is loaded once, on the CPU, for its embeddings.
+
+    Args:
+        model_name_or_path: folder or Hub id of the base model.
+        output_dir: the folder to write; must not exist.
+        pair: the prompt pair; default: the two manual texts, the shorter filled up in front with line breaks.
+        alpha: strength of the contrast; default: the pair's.
+        beta: plausibility threshold; default: the pair's.
+
+    Raises:
+        OSError: if a file is missing or cannot be written.
+        ValueError: for a model, tokenizer or pair that cannot be exported.
+    """
+    target = Path(output_dir)
+    if target.exists():
+        raise ValueError(f"{target} exists: choose a new folder.")
+    base = _base_folder(model_name_or_path)
+    config = _checked_config(base)
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype="auto").eval()
+    pair = _text_pair(model, tokenizer) if pair is None else pair
+    pair.check(model)
+    n = _common_length(pair)
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        _link_weights(base, temporary)
+        _write_tensors(temporary / TENSORS_NAME, pair, model)
+        placeholder_id = _write_tokenizer(temporary, tokenizer, n, model.config.get_text_config().vocab_size)
+        config["architectures"] = [PREFIX + config["architectures"][0]]
+        config["acd"] = dataclasses.asdict(
+            ExportedPair(
+                alpha=float(check_alpha(pair.alpha if alpha is None else alpha)),
+                beta=check_beta(pair.beta if beta is None else beta),
+                num_virtual_tokens=n,
+                hidden_size=pair.safeguarding.shape[1],
+                placeholder_id=placeholder_id,
+            )
+        )
+        _write_json(temporary / _CONFIG, config)
+        if (base / "generation_config.json").is_file():
+            shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
+        _check_tokenizer(tokenizer, temporary, [placeholder_id] * n)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ----- the base model -----
+
+
+def _base_folder(name: str | os.PathLike[str]) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    AutoConfig.from_pretrained(name)  # says plainly if there is no such model
+    return Path(
+        snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    )
+
+
+def _checked_config(base: Path) -> dict[str, Any]:
+    """The base model's `config.json`, if vLLM's plugin could serve it."""
+    if not (base / _CONFIG).is_file():
+        raise OSError(f"{base} holds no model: {_CONFIG} is missing.")
+    config = json.loads((base / _CONFIG).read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if len(architectures) != 1:
+        raise ValueError(f"{base / _CONFIG} names {len(architectures)} architectures, vLLM needs one.")
+    if architectures[0].startswith(PREFIX) or "acd" in config:
+        raise ValueError(f"{base} was exported already: start from its base model.")
+    if config.get("is_encoder_decoder") or not architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"{architectures[0]} is not a decoder-only language model of text.")
+    # Code of the model's own would be loaded where this plugin is missing
+    config.pop("auto_map", None)
+    return config
+
+
+def _link_weights(base: Path, folder: Path) -> None:
+    """Put the base model's safetensors files into the folder, without copying where the file system allows it.
+
+    Where there are several, vLLM reads those of the index, which then has to list the pair's file too.
+    """
+    if (base / _INDEX).is_file():
+        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+        index["weight_map"] |= dict.fromkeys(TENSORS, TENSORS_NAME)
+        _write_json(folder / _INDEX, index)
+    else:
+        names = [_SINGLE]
+    for name in names:
+        if Path(name).name != name or not (base / name).is_file():
+            raise OSError(f"{base} has no {name}: vLLM's plugin reads weights from safetensors only.")
+        file = (base / name).resolve()  # the Hub's cache holds links itself
+        try:
+            (folder / name).hardlink_to(file)
+        except OSError:  # another file system, or one without hard links
+            (folder / name).symlink_to(file)
+
+
+# ----- the pair -----
+
+
+def _text_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptPair:
+    """The two manual texts, as long as each other: vLLM keeps as many slots for one stream as for the other."""
+    pair = PromptPair.from_text(model, tokenizer)
+    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+    n = max(len(pair.safeguarding), len(pair.adversarial))
+    if not line_break:
+        raise ValueError("this tokenizer has no line break to make the two manual texts equally long with.")
+    with torch.no_grad():
+        filler = model.get_input_embeddings()(torch.tensor(line_break, device=model.device))
+    prompts = [torch.cat([filler.expand(n - len(p), -1), p]) for p in (pair.safeguarding, pair.adversarial)]
+    return PromptPair(*prompts, pair.config)
+
+
+def _common_length(pair: PromptPair) -> int:
+    lengths = len(pair.safeguarding), len(pair.adversarial)
+    if lengths[0] != lengths[1] or not lengths[0]:
+        raise ValueError(
+            f"vLLM needs two prompts of one length, and these have {lengths[0]} and {lengths[1]} virtual tokens: "
+            "train them with the same number."
+        )
+    return lengths[0]
+
+
+@torch.no_grad()
+def _write_tensors(path: Path, pair: PromptPair, model: PreTrainedModel) -> None:
+    embedding = model.get_input_embeddings()
+    last = min(embedding.num_embeddings, model.config.get_text_config().vocab_size) - 1
+    ids = torch.linspace(0, last, _PROBES, device=model.device).long().unique()
+    tensors = (pair.safeguarding.float(), pair.adversarial.float(), ids, embedding(ids).float())
+    contents = {name: tensor.cpu().contiguous() for name, tensor in zip(TENSORS, tensors, strict=True)}
+    save_file(contents, path, metadata={"format": "pt"})
+
+
+# ----- the tokenizer -----
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, n: int, vocab_size: int) -> int:
+    """Save a tokenizer that puts n placeholders in front, with the chat template and without; return their id."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"vLLM's plugin needs a tokenizer.json, which {type(tokenizer).__name__} does not make.")
+    if PLACEHOLDER in tokenizer.get_vocab():
+        raise ValueError(f"this tokenizer knows {PLACEHOLDER} already, which must be the prompt pair's alone.")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(PLACEHOLDER, special=True, normalized=False)], special_tokens=True)
+    placeholder_id = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    if placeholder_id > vocab_size:
+        raise ValueError(f"this tokenizer has more tokens than the model, which knows {vocab_size}.")
+    tokenizer.chat_template = _with_placeholders(tokenizer.chat_template, n)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend |= {"truncation": None, "padding": None}
+    backend["post_processor"] = _placeholders_first(backend["post_processor"], placeholder_id, n)
+
+    tokenizer.save_pretrained(folder)
+    _write_json(folder / "tokenizer.json", backend)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # Model-specific classes, and these settings, would put a post-processor of their own in place of the file's
+    for name in ("add_bos_token", "add_eos_token", "auto_map"):
+        settings.pop(name, None)
+    _write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "TokenizersBackend"})
+    return placeholder_id
+
+
+def _with_placeholders(template: Any, n: int) -> Any:
+    """The chat template, or each of several, behind n placeholders."""
+    if isinstance(template, dict):
+        return {name: _with_placeholders(text, n) for name, text in template.items()}
+    return template and f"{{{{ '{PLACEHOLDER}' * {n} }}}}{template}"
+
+
+def _placeholders_first(processor: dict[str, Any] | None, placeholder_id: int, n: int) -> dict[str, Any]:
+    """The post-processor of a `tokenizer.json`, with n placeholders as the first of the special tokens it adds."""
+    steps = processor["processors"] if processor and processor["type"] == "Sequence" else [processor or _PLAIN]
+    kinds = [step["type"] for step in steps]
+    if not set(kinds) <= {"ByteLevel", "TemplateProcessing"} or kinds.count("TemplateProcessing") > 1:
+        raise ValueError(f"this tokenizer adds special tokens in a way ACD does not know ({', '.join(kinds)}).")
+    if "TemplateProcessing" not in kinds:
+        steps = [*steps, _PLAIN]
+
+    piece = {"SpecialToken": {"id": PLACEHOLDER, "type_id": 0}}
+    special = {"id": PLACEHOLDER, "ids": [placeholder_id] * n, "tokens": [PLACEHOLDER] * n}
+
+    def edit(step: dict[str, Any]) -> dict[str, Any]:
+        if step["type"] != "TemplateProcessing":
+            return step
+        templates = {name: [piece, *step[name]] for name in ("single", "pair")}
+        return step | templates | {"special_tokens": step["special_tokens"] | {PLACEHOLDER: special}}
+
+    return {"type": "Sequence", "processors": [edit(step) for step in steps]}
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, placeholders: list[int]) -> None:
+    """See that the written tokenizer does what the base model's does, behind the placeholders."""
+    written = AutoTokenizer.from_pretrained(folder)
+    texts = ["Hello, world!", " 1 2\n\nthree", ""]
+    same = all(
+        _ids(written, text, special) == (placeholders if special else []) + _ids(tokenizer, text, special)
+        for text in texts
+        for special in (True, False)
+    )
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "Hello, world!"}]
+        ids, expected = (
+            _ids(t, t.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), False)
+            for t in (written, tokenizer)
+        )
+        same = same and ids == placeholders + expected
+    if not same:
+        raise ValueError("this tokenizer reads text differently with placeholders in front: ACD cannot export it.")
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
