@@ -31,12 +31,16 @@ from .sampling import strengths
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    _Stock = Any  # the stock model class, which comes behind in the order of bases
+else:
+    _Stock = object
+
 # What tokens without plausibility lose. Not infinity: a grammar may leave none but such tokens, and then the one that
 # the safeguarding stream prefers must win.
 IMPLAUSIBLE = 1e4
 
 
-class ACDMixin:
+class ACDMixin(_Stock):
     """Goes in front of a stock model class; see the module."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
@@ -55,7 +59,7 @@ class ACDMixin:
             "acd_embeds": torch.zeros(rows, width),
             "acd_positions": torch.zeros(rows, dtype=torch.long),
         }.items():
-            self.register_buffer(name, buffer, persistent=False)  # type: ignore[attr-defined]
+            self.register_buffer(name, buffer, persistent=False)
 
     def forward(
         self,
@@ -85,7 +89,7 @@ class ACDMixin:
             raise ValueError("ACD on vLLM needs token ids, and one position for each.")
         embeds, positions = self._both_streams(input_ids, positions)
         with _twice_the_tokens(self.acd_compilation):
-            hidden = super().forward(  # type: ignore[misc]
+            hidden = super().forward(
                 input_ids=None, positions=positions, intermediate_tensors=None, inputs_embeds=embeds
             )
         return torch.cat(hidden.chunk(2), dim=-1)
@@ -94,11 +98,11 @@ class ACDMixin:
         """Embeddings `[2N, hidden_size]` and positions `[2N]`, S rows first, with the soft prompts in place."""
         n, tokens = self.acd_pair.num_virtual_tokens, len(ids)
         # The placeholder may lie behind the vocabulary, and what it embeds to is overwritten
-        x = self.embed_input_ids(ids.clamp(max=self.acd_last_token))  # type: ignore[attr-defined]
-        soft = self.acd_prompts[:, positions.clamp(max=n - 1)]  # type: ignore[attr-defined]
-        embeds = self.acd_embeds[: 2 * tokens]  # type: ignore[attr-defined]
+        x = self.embed_input_ids(ids.clamp(max=self.acd_last_token))
+        soft = self.acd_prompts[:, positions.clamp(max=n - 1)]
+        embeds = self.acd_embeds[: 2 * tokens]
         embeds.view(2, tokens, -1).copy_(torch.where((positions < n)[:, None], soft, x))
-        doubled = self.acd_positions[: 2 * tokens]  # type: ignore[attr-defined]
+        doubled = self.acd_positions[: 2 * tokens]
         doubled.view(2, tokens).copy_(positions)
         return embeds, doubled
 
@@ -114,7 +118,7 @@ class ACDMixin:
             `[M, vocab]` in fp32; `None` on workers that vLLM gives no logits.
         """
         both = torch.cat(hidden_states.chunk(2, dim=-1))
-        logits = super().compute_logits(both, *args, **kwargs)  # type: ignore[misc]
+        logits = super().compute_logits(both, *args, **kwargs)
         if logits is None:
             return None
         safe, adversarial = logits.float().chunk(2)
@@ -149,11 +153,11 @@ class ACDMixin:
         def theirs() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
                 if name.startswith(TENSOR_PREFIX):
-                    ours[name] = tensor
+                    ours[name] = tensor.clone()  # a loader may use its memory again
                 else:
                     yield name, tensor
 
-        loaded = super().load_weights(theirs())  # type: ignore[misc]
+        loaded = super().load_weights(theirs())
         self._load_prompts(ours)
         return loaded
 
@@ -162,12 +166,12 @@ class ACDMixin:
         if missing:
             raise ValueError(f"{missing[0]} is not among the weights: export the model again.")
         safe, adversarial, ids, expected = (tensors[name] for name in TENSORS)
-        buffer = self.acd_prompts  # type: ignore[attr-defined]
+        buffer = self.acd_prompts
         prompts = torch.stack([safe, adversarial]).to(device=buffer.device, dtype=torch.float32)
         if prompts.shape != buffer.shape:
             raise ValueError(f"the prompts are {list(prompts.shape)}, config.json says {list(buffer.shape)}.")
         with torch.no_grad():
-            found = self.embed_input_ids(ids.to(buffer.device))  # type: ignore[attr-defined]
+            found = self.embed_input_ids(ids.to(buffer.device))
             buffer.copy_(prompts * embedding_scale(found.float(), expected.to(found.device).float()))
         self.acd_loaded = True
 
