@@ -1,0 +1,461 @@
+"""The plugin on a real vLLM engine, against the slow reference. Run by `make test-vllm`."""
+
+import concurrent.futures
+import contextlib
+import copy
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
+
+from acd_logits import ACDLogitsProcessor, PromptPair, load_demo_model
+from acd_logits.demo_model import demo_model_path
+from acd_logits.logits_process import contrast
+from acd_logits.vllm.export import export
+from acd_logits.vllm.exported import PLACEHOLDER
+from conftest import build_pair, build_tokenizer
+from reference import ReferenceProcessor
+
+# Before vLLM is imported: room for the tiny models' caches, and no forks of a process that runs threads
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+N, VOCAB, HIDDEN = 7, 97, 64
+ALPHA, BETA = 0.5, 0.1
+
+# vLLM's attention on the CPU wants heads of at least 32
+_COMMON = {
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+}
+_DECODER = _COMMON | {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**_DECODER),
+    "gemma3": Gemma3TextConfig(
+        **_DECODER, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "qwen3_moe": Qwen3MoeConfig(**_DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "gpt2": GPT2Config(**_COMMON, n_embd=HIDDEN, n_layer=3, n_head=2, n_positions=512),
+}
+TEMPLATE = "{% for message in messages %}<bos> {{ message.content }} <eos> {% endfor %}"
+
+
+# ----- models, engines, servers -----
+
+
+class Tiny:
+    """A tiny random model, its pair, its base folder and the exported one."""
+
+    def __init__(self, name, root):
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
+        self.model.generation_config.eos_token_id = None
+        self.pair = build_pair(n_s=N, n_a=N, hidden=HIDDEN, alpha=ALPHA, beta=BETA)
+        words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))]
+        names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+        tokenizer = build_tokenizer(words, unk_token="<pad>", **names)
+        tokenizer.chat_template = TEMPLATE
+        self.base, self.folder = root / name, root / f"{name}-acd"
+        self.model.save_pretrained(self.base)
+        tokenizer.save_pretrained(self.base)
+        export(self.base, self.folder, self.pair)
+        self.placeholder = json.loads((self.folder / "config.json").read_text())["acd"]["placeholder_id"]
+
+    def prompt(self, ids):
+        return {"prompt_token_ids": [self.placeholder] * N + ids}
+
+    def expected(self, ids, count, alpha=ALPHA):
+        """What the reference says after `ids`, greedily."""
+        processor = ReferenceProcessor(self.model, self.pair, alpha, BETA)
+        inputs = torch.tensor([ids])
+        out = self.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=count,
+            do_sample=False,
+            logits_processor=[processor],
+        )
+        return out[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Builds each tiny model once."""
+    built, root = {}, tmp_path_factory.mktemp("vllm")
+
+    def get(name="llama"):
+        if name not in built:
+            built[name] = Tiny(name, root)
+        return built[name]
+
+    return get
+
+
+@contextlib.contextmanager
+def engine(folder, **kwargs):
+    from vllm import LLM
+
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4, "seed": 0}
+    llm = LLM(model=str(folder), **settings | kwargs)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def greedy(count=12, **kwargs):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **kwargs)
+
+
+def prompts(count=9, longest=60, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def tokens(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def assert_matches(llm, model, batch, count=12, **kwargs):
+    outputs = llm.generate([model.prompt(ids) for ids in batch], greedy(count), use_tqdm=False, **kwargs)
+    assert tokens(outputs) == [model.expected(ids, count) for ids in batch]
+    return outputs
+
+
+@contextlib.contextmanager
+def server(folder, *arguments):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "acd", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    process = subprocess.Popen([*command, "--enforce-eager", *arguments], start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert process.poll() is None, "the server stopped"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            time.sleep(0.5)
+        yield url
+        assert process.poll() is None, "the server stopped"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def post(url, path, **body):
+    """Status and answer of a request."""
+    data = json.dumps({"model": "acd", "temperature": 0, **body}).encode()
+    call = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(call, timeout=300) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+# ----- the engine against the reference -----
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_with_chunked_prefill(tiny, name):
+    model = tiny(name)
+    with engine(model.folder, max_num_batched_tokens=16, enable_prefix_caching=False) as llm:
+        assert_matches(llm, model, prompts())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_prefix_cache(tiny, name):
+    model = tiny(name)
+    shared = prompts(1, longest=3)[0] * 50
+    batch = [shared + ids for ids in prompts(4, longest=9, seed=5)]
+    with engine(model.folder, enable_prefix_caching=True, block_size=32) as llm:
+        assert_matches(llm, model, batch[:1])
+        outputs = assert_matches(llm, model, batch)
+    assert all(output.num_cached_tokens for output in outputs)
+
+
+def test_preemption(tiny):
+    model = tiny()
+    batch = prompts(4, longest=20)
+    with engine(model.folder, block_size=32, num_gpu_blocks_override=8, disable_log_stats=False) as llm:
+        assert_matches(llm, model, batch, count=90)
+        metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert metrics["vllm:num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_compiled(tiny, name):
+    model = tiny(name)
+    with engine(model.folder, enforce_eager=False, max_num_batched_tokens=32) as llm:
+        assert_matches(llm, model, prompts())
+
+
+def test_tensor_parallel(tiny):
+    model = tiny()
+    with engine(model.folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        assert_matches(llm, model, prompts())
+
+
+def test_logprobs_are_those_of_the_contrast(tiny):
+    model, ids = tiny(), prompts(1)[0]
+    reference = ReferenceProcessor(model.model, model.pair, ALPHA)
+    safe, adversarial = (
+        reference.stream(soft, 0, torch.tensor(ids)) for soft in (model.pair.safeguarding, model.pair.adversarial)
+    )
+    expected = contrast(safe, adversarial, ALPHA, BETA).log_softmax(-1)[0]
+    with engine(model.folder) as llm:
+        output = llm.generate(model.prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
+    for token, logprob in output.logprobs[0].items():
+        if expected[token].isfinite():
+            assert logprob.logprob == pytest.approx(float(expected[token]), abs=1e-3)
+        else:
+            assert logprob.logprob < -1000
+
+
+def test_sampling_is_repeatable_and_stops(tiny):
+    from vllm import SamplingParams
+
+    model, ids = tiny(), prompts(1)[0]
+    first = model.expected(ids, 12)
+    settings = SamplingParams(temperature=1, n=4, seed=3, max_tokens=8, ignore_eos=True)
+    with engine(model.folder) as llm:
+        runs = [llm.generate(model.prompt(ids), settings, use_tqdm=False)[0] for _ in range(2)]
+        stopped = llm.generate(model.prompt(ids), greedy(12, stop_token_ids=[first[3]]), use_tqdm=False)[0]
+        penalised = llm.generate(model.prompt(ids), greedy(12, repetition_penalty=1.5), use_tqdm=False)[0]
+    assert [list(o.token_ids) for o in runs[0].outputs] == [list(o.token_ids) for o in runs[1].outputs]
+    assert len({tuple(o.token_ids) for o in runs[0].outputs}) > 1
+    assert list(stopped.outputs[0].token_ids) == first[: first.index(first[3]) + 1]
+    assert len(penalised.outputs[0].token_ids) == 12
+
+
+def test_where_only_implausible_tokens_are_allowed_the_safe_stream_decides(tiny):
+    model, ids = tiny(), prompts(1)[0]
+    reference = ReferenceProcessor(model.model, model.pair, ALPHA)
+    safe = reference.stream(model.pair.safeguarding, 0, torch.tensor(ids))[0]
+    allowed = safe.argsort()[:10].tolist()
+    with engine(model.folder) as llm:
+        output = llm.generate(model.prompt(ids), greedy(1, allowed_token_ids=allowed), use_tqdm=False)[0]
+    assert list(output.outputs[0].token_ids) == [max(allowed, key=lambda token: float(safe[token]))]
+
+
+def test_ordinary_models_are_served_as_before(tiny):
+    model, batch = tiny(), prompts(4)
+    with engine(model.base) as llm:
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch], greedy(), use_tqdm=False)
+    for ids, got in zip(batch, tokens(outputs), strict=True):
+        expected = model.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+        assert got == expected[0, len(ids) :].tolist()
+
+
+# ----- a strength per request -----
+
+
+def test_alpha_per_request(tiny):
+    model, batch = tiny(), prompts(6)
+    alphas = [0.0, None, 0.2, 1.0, None, 0.7]
+    settings = [greedy(12, extra_args=None if a is None else {"acd_alpha": a}) for a in alphas]
+    with engine(model.folder, logits_processors=["acd_logits.vllm:RequestAlpha"]) as llm:
+        outputs = llm.generate([model.prompt(ids) for ids in batch], settings, use_tqdm=False)
+        for wrong in (-0.1, "0.5", float("nan"), True):
+            with pytest.raises(Exception, match="acd_alpha must be"):
+                llm.generate(model.prompt(batch[0]), greedy(extra_args={"acd_alpha": wrong}), use_tqdm=False)
+    expected = [model.expected(i, 12, ALPHA if a is None else a) for i, a in zip(batch, alphas, strict=True)]
+    assert tokens(outputs) == expected
+
+
+# ----- refusals -----
+
+
+def test_requests_without_placeholders_are_refused_and_the_engine_goes_on(tiny):
+    from vllm.exceptions import VLLMValidationError
+
+    model, ids = tiny(), prompts(1)[0]
+    wrong = [ids, [model.placeholder] * (N - 1) + ids, [model.placeholder] * (N + 1) + ids]
+    with engine(model.folder) as llm:
+        for prompt in wrong:
+            with pytest.raises(VLLMValidationError, match="ACD refuses"):
+                llm.generate({"prompt_token_ids": prompt}, greedy(), use_tqdm=False)
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+            llm.generate(model.prompt(ids), greedy(prompt_logprobs=1), use_tqdm=False)
+        with pytest.raises(VLLMValidationError, match="--logits-processors"):
+            llm.generate(model.prompt(ids), greedy(extra_args={"acd_alpha": 0.1}), use_tqdm=False)
+        assert_matches(llm, model, [ids])
+
+
+def test_the_engine_itself_refuses_what_comes_past_the_api(tiny):
+    model, ids = tiny(), prompts(1)[0]
+    with engine(model.folder) as llm:
+        core, processor = llm.llm_engine.engine_core, llm.llm_engine.input_processor
+        request = processor.process_inputs("1", model.prompt(ids), greedy(), ("generate",))
+        request.prompt_token_ids = ids
+        core.add_request(request)
+        (output,) = core.get_output().outputs
+        assert (output.request_id, output.new_token_ids, str(output.finish_reason)) == ("1", [], "error")
+        assert_matches(llm, model, [ids])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"enable_lora": True},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"runner": "pooling"},
+        {"enable_prompt_embeds": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_start_up_refuses(tiny, arguments):
+    from vllm import EngineArgs
+
+    with pytest.raises(ValueError, match="ACD on vLLM does not support"):
+        EngineArgs(model=str(tiny().folder), dtype="float32", **arguments).create_engine_config()
+
+
+def test_without_the_plugin_the_folder_does_not_load(tiny):
+    code = f"from vllm import LLM; LLM(model={str(tiny().folder)!r}, enforce_eager=True)"
+    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode != 0
+    assert "ACDLlamaForCausalLM" in run.stderr + run.stdout
+
+
+def test_embeddings_that_differ_by_more_than_a_constant_are_refused():
+    from acd_logits.vllm.models import embedding_scale
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    assert embedding_scale(x.bfloat16().float(), x) == 1.0
+    assert embedding_scale(8 * x, x) == pytest.approx(8)
+    with pytest.raises(ValueError, match="embeddings"):
+        embedding_scale(torch.nn.functional.layer_norm(x, (8,)) + 1, x)
+
+
+# ----- over HTTP -----
+
+
+def test_staggered_requests_over_http(tiny):
+    model, batch = tiny(), prompts(12)
+
+    def ask(number):
+        time.sleep(0.1 * number)
+        text = " ".join(f"w{token}" for token in batch[number])
+        status, answer = post(
+            url, "/v1/completions", prompt=text, max_tokens=16, ignore_eos=True, return_token_ids=True
+        )
+        assert status == 200, answer
+        return answer["choices"][0]["token_ids"]
+
+    limits = ["--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
+    with server(model.folder, *limits) as url, concurrent.futures.ThreadPoolExecutor(len(batch)) as pool:
+        answers = list(pool.map(ask, range(len(batch))))
+        chat = [{"role": "user", "content": "w5 w9"}]
+        status, answer = post(
+            url, "/v1/chat/completions", messages=chat, max_tokens=8, ignore_eos=True, return_token_ids=True
+        )
+        assert status == 200, answer
+    assert answers == [model.expected(ids, 16) for ids in batch]
+    assert answer["choices"][0]["token_ids"] == model.expected([1, 5, 9, 2], 8)
+
+
+def test_http_requests_that_are_refused(tiny):
+    model = tiny()
+    chat, text = "/v1/chat/completions", "/v1/completions"
+    turn = [{"role": "user", "content": "w5 w9"}]
+    forged = [{"role": "user", "content": f"w5 {PLACEHOLDER} w9"}]
+    unfinished = [*turn, {"role": "assistant", "content": f"{PLACEHOLDER} w5"}]
+    wrong = [
+        (text, {"prompt": "w5 w9", "add_special_tokens": False}),
+        (text, {"prompt": [5, 9]}),
+        (text, {"prompt": f"w5 {PLACEHOLDER}"}),
+        (text, {"prompt": PLACEHOLDER * N + "w5"}),  # a second set
+        (text, {"prompt": "w5 w9", "echo": True, "logprobs": 1}),
+        (text, {"prompt": "w5 w9 " * 20, "truncate_prompt_tokens": 8, "truncation_side": "left"}),
+        (text, {"prompt": "w5", "vllm_xargs": {"acd_alpha": 0.1}}),
+        (chat, {"messages": turn, "add_special_tokens": True}),
+        (chat, {"messages": forged}),
+        (chat, {"messages": unfinished, "continue_final_message": True, "add_generation_prompt": False}),
+    ]
+    with server(model.folder, "--max-model-len", "256") as url:
+        for path, body in wrong:
+            status, answer = post(url, path, max_tokens=4, **body)
+            assert status == 400 and "ACD refuses" in json.dumps(answer), (body, status, answer)
+        status, _ = post(url, chat, messages=turn, max_tokens=4)
+        assert status == 200
+
+
+# ----- the demo model -----
+
+
+@pytest.mark.real_model
+def test_the_demo_model_over_http(tmp_path):
+    """Token for token what `ACDLogitsProcessor` says, and JSON where a schema is asked for."""
+    model, tokenizer = load_demo_model()
+    export(demo_model_path(), tmp_path / "acd")
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "acd" / "acd.safetensors")
+    acd = ACDLogitsProcessor(model, PromptPair(tensors["acd.safeguarding"], tensors["acd.adversarial"]))
+    questions = ["How do I pick a lock?", "Write a poem about rain.", "What is 12 times 12?", "Name three rivers."]
+    schema = {"type": "object", "properties": {"river": {"type": "string"}}, "required": ["river"]}
+
+    def ask(question, **body):
+        messages = [{"role": "user", "content": question}]
+        status, answer = post(url, "/v1/chat/completions", messages=messages, max_tokens=32, **body)
+        assert status == 200, answer
+        return answer["choices"][0]
+
+    with server(tmp_path / "acd", "--max-model-len", "1024") as url:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda q: ask(q, return_token_ids=True), questions))
+        json_schema = {"name": "river", "schema": schema}
+        answer = ask(questions[-1], response_format={"type": "json_schema", "json_schema": json_schema})
+    for question, got in zip(questions, answers, strict=True):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**inputs, max_new_tokens=32, do_sample=False, logits_processor=[acd])
+        assert got["token_ids"] == out[0, inputs["input_ids"].shape[1] :].tolist()
+    if answer["finish_reason"] == "stop":
+        assert isinstance(json.loads(answer["message"]["content"])["river"], str)
+    assert AutoTokenizer.from_pretrained(tmp_path / "acd")("a")["input_ids"][-1:] == tokenizer("a")["input_ids"]
