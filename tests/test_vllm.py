@@ -217,7 +217,8 @@ def test_prefix_cache(tiny, name):
 def test_preemption(tiny):
     model = tiny()
     batch = prompts(4, longest=20)
-    with engine(model.folder, block_size=32, num_gpu_blocks_override=8, disable_log_stats=False) as llm:
+    cache = {"block_size": 32, "num_gpu_blocks_override": 8, "max_model_len": 128}
+    with engine(model.folder, **cache, disable_log_stats=False) as llm:
         assert_matches(llm, model, batch, count=90)
         metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     assert metrics["vllm:num_preemptions"] > 0

@@ -59,6 +59,8 @@ def check_config(vllm_config: Any) -> None:
         "expert parallelism": parallel.enable_expert_parallel or parallel.enable_eplb,
         "context parallelism": parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
         "micro-batches (--enable-dbo)": parallel.use_ubatching,
+        # It would compile around the plugin; vLLM's own mode compiles the stock model inside
+        "compilation mode 1 (STOCK_TORCH_COMPILE)": vllm_config.compilation_config.mode == 1,
         "returned experts": vllm_config.aux_output_config.enable_return_routed_experts,
     }
     for what, present in refused.items():
