@@ -1,6 +1,7 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
 # make test   linters, every test on the newest and the oldest supported transformers, and the plugin on vLLM
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
+# make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
 # make pair   train the demo model's prompt pair again, into new-pair/4 (an hour and a half and more on 2 cores)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
@@ -16,7 +17,7 @@ PIP := bin/python -m pip install -q --disable-pip-version-check
 BENCHMARKS ?= advbench xstest alpaca_eval
 PAIR ?= smollm2-135m-instruct
 
-.PHONY: demo test lint test-newest test-oldest test-vllm bench pair evaluation clean
+.PHONY: demo test lint test-newest test-oldest test-vllm bench bench-vllm soak-vllm pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
 $(VENV)/demo: setup.cfg
@@ -91,5 +92,16 @@ evaluation: $(VENV)/dev
 	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(firstword $(BENCHMARKS)) --limit 250 \
 		--max_new_tokens 64 --batch_size 50 --arms acd --alphas 0 0.2 0.4 0.5 0.6 0.8 1
 
+# What vLLM costs and gains, and thousands of requests with cancellations and malformed ones: half an hour on 2 cores
+served: $(VLLM)/dev
+	$(VLLM)/bin/acd-logits export-vllm --model_name_or_path smollm2 --output_dir $@
+
+bench-vllm: served
+	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/benchmark_vllm.py --folder served --num_threads 2 \
+		--output_file benchmark-vllm.json
+
+soak-vllm: served
+	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/soak_vllm.py --folder served
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) build src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) served build src/*.egg-info

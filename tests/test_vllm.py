@@ -33,9 +33,11 @@ from acd_logits.vllm.exported import PLACEHOLDER
 from conftest import build_pair, build_tokenizer
 from reference import ReferenceProcessor
 
-# Before vLLM is imported: room for the tiny models' caches, and no forks of a process that runs threads
+# Before vLLM is imported: room for the caches, no forks of a process that runs threads, and engines in this very
+# process, since a new one would import vLLM again
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -69,6 +71,8 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**_DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "gpt2": GPT2Config(**_COMMON, n_embd=HIDDEN, n_layer=3, n_head=2, n_positions=512),
 }
+# Prompts longer than 16 tokens take several steps
+CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 32}
 TEMPLATE = "{% for message in messages %}<bos> {{ message.content }} <eos> {% endfor %}"
 
 
@@ -137,6 +141,13 @@ def engine(folder, **kwargs):
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def llama(tiny):
+    """An engine that many tests share."""
+    with engine(tiny().folder, **CHUNKED) as llm:
+        yield llm
+
+
 def greedy(count=12, **kwargs):
     from vllm import SamplingParams
 
@@ -197,18 +208,12 @@ def post(url, path, **body):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_batch_with_chunked_prefill(tiny, name):
-    model = tiny(name)
-    with engine(model.folder, max_num_batched_tokens=16, enable_prefix_caching=False) as llm:
-        assert_matches(llm, model, prompts())
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_prefix_cache(tiny, name):
+def test_chunked_prefill_and_prefix_cache(tiny, name):
     model = tiny(name)
     shared = prompts(1, longest=3)[0] * 50
     batch = [shared + ids for ids in prompts(4, longest=9, seed=5)]
-    with engine(model.folder, enable_prefix_caching=True, block_size=32) as llm:
+    with engine(model.folder, **CHUNKED) as llm:
+        assert_matches(llm, model, prompts())
         assert_matches(llm, model, batch[:1])
         outputs = assert_matches(llm, model, batch)
     assert all(output.num_cached_tokens for output in outputs)
@@ -224,9 +229,8 @@ def test_preemption(tiny):
     assert metrics["vllm:num_preemptions"] > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_compiled(tiny, name):
-    model = tiny(name)
+def test_compiled(tiny):
+    model = tiny()
     with engine(model.folder, enforce_eager=False, max_num_batched_tokens=32) as llm:
         assert_matches(llm, model, prompts())
 
@@ -237,15 +241,14 @@ def test_tensor_parallel(tiny):
         assert_matches(llm, model, prompts())
 
 
-def test_logprobs_are_those_of_the_contrast(tiny):
+def test_logprobs_are_those_of_the_contrast(tiny, llama):
     model, ids = tiny(), prompts(1)[0]
     reference = ReferenceProcessor(model.model, model.pair, ALPHA)
     safe, adversarial = (
         reference.stream(soft, 0, torch.tensor(ids)) for soft in (model.pair.safeguarding, model.pair.adversarial)
     )
     expected = contrast(safe, adversarial, ALPHA, BETA).log_softmax(-1)[0]
-    with engine(model.folder) as llm:
-        output = llm.generate(model.prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
+    output = llama.generate(model.prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
     for token, logprob in output.logprobs[0].items():
         if expected[token].isfinite():
             assert logprob.logprob == pytest.approx(float(expected[token]), abs=1e-3)
@@ -253,29 +256,27 @@ def test_logprobs_are_those_of_the_contrast(tiny):
             assert logprob.logprob < -1000
 
 
-def test_sampling_is_repeatable_and_stops(tiny):
+def test_sampling_is_repeatable_and_stops(tiny, llama):
     from vllm import SamplingParams
 
     model, ids = tiny(), prompts(1)[0]
     first = model.expected(ids, 12)
     settings = SamplingParams(temperature=1, n=4, seed=3, max_tokens=8, ignore_eos=True)
-    with engine(model.folder) as llm:
-        runs = [llm.generate(model.prompt(ids), settings, use_tqdm=False)[0] for _ in range(2)]
-        stopped = llm.generate(model.prompt(ids), greedy(12, stop_token_ids=[first[3]]), use_tqdm=False)[0]
-        penalised = llm.generate(model.prompt(ids), greedy(12, repetition_penalty=1.5), use_tqdm=False)[0]
+    runs = [llama.generate(model.prompt(ids), settings, use_tqdm=False)[0] for _ in range(2)]
+    stopped = llama.generate(model.prompt(ids), greedy(12, stop_token_ids=[first[3]]), use_tqdm=False)[0]
+    penalised = llama.generate(model.prompt(ids), greedy(12, repetition_penalty=1.5), use_tqdm=False)[0]
     assert [list(o.token_ids) for o in runs[0].outputs] == [list(o.token_ids) for o in runs[1].outputs]
     assert len({tuple(o.token_ids) for o in runs[0].outputs}) > 1
     assert list(stopped.outputs[0].token_ids) == first[: first.index(first[3]) + 1]
     assert len(penalised.outputs[0].token_ids) == 12
 
 
-def test_where_only_implausible_tokens_are_allowed_the_safe_stream_decides(tiny):
+def test_where_only_implausible_tokens_are_allowed_the_safe_stream_decides(tiny, llama):
     model, ids = tiny(), prompts(1)[0]
     reference = ReferenceProcessor(model.model, model.pair, ALPHA)
     safe = reference.stream(model.pair.safeguarding, 0, torch.tensor(ids))[0]
     allowed = safe.argsort()[:10].tolist()
-    with engine(model.folder) as llm:
-        output = llm.generate(model.prompt(ids), greedy(1, allowed_token_ids=allowed), use_tqdm=False)[0]
+    output = llama.generate(model.prompt(ids), greedy(1, allowed_token_ids=allowed), use_tqdm=False)[0]
     assert list(output.outputs[0].token_ids) == [max(allowed, key=lambda token: float(safe[token]))]
 
 
@@ -307,24 +308,24 @@ def test_alpha_per_request(tiny):
 # ----- refusals -----
 
 
-def test_requests_without_placeholders_are_refused_and_the_engine_goes_on(tiny):
+def test_requests_without_placeholders_are_refused_and_the_engine_goes_on(tiny, llama):
     from vllm.exceptions import VLLMValidationError
 
     model, ids = tiny(), prompts(1)[0]
     wrong = [ids, [model.placeholder] * (N - 1) + ids, [model.placeholder] * (N + 1) + ids]
-    with engine(model.folder) as llm:
-        for prompt in wrong:
-            with pytest.raises(VLLMValidationError, match="ACD refuses"):
-                llm.generate({"prompt_token_ids": prompt}, greedy(), use_tqdm=False)
-        with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
-            llm.generate(model.prompt(ids), greedy(prompt_logprobs=1), use_tqdm=False)
-        with pytest.raises(VLLMValidationError, match="--logits-processors"):
-            llm.generate(model.prompt(ids), greedy(extra_args={"acd_alpha": 0.1}), use_tqdm=False)
-        assert_matches(llm, model, [ids])
+    for prompt in wrong:
+        with pytest.raises(VLLMValidationError, match="ACD refuses"):
+            llama.generate({"prompt_token_ids": prompt}, greedy(), use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+        llama.generate(model.prompt(ids), greedy(prompt_logprobs=1), use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="--logits-processors"):
+        llama.generate(model.prompt(ids), greedy(extra_args={"acd_alpha": 0.1}), use_tqdm=False)
+    assert_matches(llama, model, [ids])
 
 
-def test_the_engine_itself_refuses_what_comes_past_the_api(tiny):
+def test_the_engine_itself_refuses_what_comes_past_the_api(tiny, monkeypatch):
     model, ids = tiny(), prompts(1)[0]
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with engine(model.folder) as llm:
         core, processor = llm.llm_engine.engine_core, llm.llm_engine.input_processor
         request = processor.process_inputs("1", model.prompt(ids), greedy(), ("generate",))
@@ -375,8 +376,15 @@ def test_embeddings_that_differ_by_more_than_a_constant_are_refused():
 # ----- over HTTP -----
 
 
-def test_staggered_requests_over_http(tiny):
-    model, batch = tiny(), prompts(12)
+@pytest.fixture(scope="module")
+def tiny_server(tiny):
+    limits = ["--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
+    with server(tiny().folder, *limits) as url:
+        yield url
+
+
+def test_staggered_requests_over_http(tiny, tiny_server):
+    model, batch, url = tiny(), prompts(12), tiny_server
 
     def ask(number):
         time.sleep(0.1 * number)
@@ -387,20 +395,16 @@ def test_staggered_requests_over_http(tiny):
         assert status == 200, answer
         return answer["choices"][0]["token_ids"]
 
-    limits = ["--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
-    with server(model.folder, *limits) as url, concurrent.futures.ThreadPoolExecutor(len(batch)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(batch)) as pool:
         answers = list(pool.map(ask, range(len(batch))))
-        chat = [{"role": "user", "content": "w5 w9"}]
-        status, answer = post(
-            url, "/v1/chat/completions", messages=chat, max_tokens=8, ignore_eos=True, return_token_ids=True
-        )
-        assert status == 200, answer
+    chat = {"messages": [{"role": "user", "content": "w5 w9"}], "max_tokens": 8, "ignore_eos": True}
+    status, answer = post(url, "/v1/chat/completions", **chat, return_token_ids=True)
+    assert status == 200, answer
     assert answers == [model.expected(ids, 16) for ids in batch]
     assert answer["choices"][0]["token_ids"] == model.expected([1, 5, 9, 2], 8)
 
 
-def test_http_requests_that_are_refused(tiny):
-    model = tiny()
+def test_http_requests_that_are_refused(tiny_server):
     chat, text = "/v1/chat/completions", "/v1/completions"
     turn = [{"role": "user", "content": "w5 w9"}]
     forged = [{"role": "user", "content": f"w5 {PLACEHOLDER} w9"}]
@@ -417,12 +421,11 @@ def test_http_requests_that_are_refused(tiny):
         (chat, {"messages": forged}),
         (chat, {"messages": unfinished, "continue_final_message": True, "add_generation_prompt": False}),
     ]
-    with server(model.folder, "--max-model-len", "256") as url:
-        for path, body in wrong:
-            status, answer = post(url, path, max_tokens=4, **body)
-            assert status == 400 and "ACD refuses" in json.dumps(answer), (body, status, answer)
-        status, _ = post(url, chat, messages=turn, max_tokens=4)
-        assert status == 200
+    for path, body in wrong:
+        status, answer = post(tiny_server, path, max_tokens=4, **body)
+        assert status == 400 and "ACD refuses" in json.dumps(answer), (body, status, answer)
+    status, _ = post(tiny_server, chat, messages=turn, max_tokens=4)
+    assert status == 200
 
 
 # ----- the demo model -----

@@ -75,6 +75,11 @@ def test_alpha_and_beta_can_be_set(base, tmp_path):
     assert (entry["alpha"], entry["beta"]) == (1.5, 0)
 
 
+def test_a_pair_trained_for_a_shared_instruction_warns(base, tmp_path, caplog):
+    export(base(), tmp_path / "out", equal_pair(share_instruction_kv=True))
+    assert "trained with share_instruction_kv" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_tensors_are_the_pair_and_what_the_model_embeds(base, tmp_path, name):
     folder, pair = base(name), equal_pair()

@@ -615,7 +615,7 @@ def run_push(args: argparse.Namespace) -> None:
     _show(f"{commit.pr_url or commit.commit_url}\n")
 
 
-def _add_pair_argument(group: argparse._ArgumentGroup) -> None:
+def _add_pair_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--pair",
         help=f"folder or Hub id of a learned prompt pair, or {MANUAL_TEXTS} for the two manual prompts (default: "

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..logits_process import check_alpha, check_beta
 from ..prompt_pair import PromptPair
@@ -22,6 +23,8 @@ from .exported import PLACEHOLDER, PREFIX, TENSORS, TENSORS_NAME, ExportedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _PROBES = 16  # tokens whose embeddings vLLM compares
@@ -64,6 +67,10 @@ def export(
     pair = _text_pair(model, tokenizer) if pair is None else pair
     pair.check(model)
     n = _common_length(pair)
+    if pair.config.share_instruction_kv:
+        logger.warning(
+            "This prompt pair was trained with share_instruction_kv, and vLLM serves it without: measure it there."
+        )
 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
@@ -154,8 +161,8 @@ def _text_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pr
         raise ValueError("this tokenizer has no line break to make the two manual texts equally long with.")
     with torch.no_grad():
         filler = model.get_input_embeddings()(torch.tensor(line_break, device=model.device))
-    prompts = [torch.cat([filler.expand(n - len(p), -1), p]) for p in (pair.safeguarding, pair.adversarial)]
-    return PromptPair(*prompts, pair.config)
+    safe, adversarial = (torch.cat([filler.expand(n - len(p), -1), p]) for p in (pair.safeguarding, pair.adversarial))
+    return PromptPair(safe, adversarial, pair.config)
 
 
 def _common_length(pair: PromptPair) -> int:
@@ -216,6 +223,7 @@ def _with_placeholders(template: Any, n: int) -> Any:
 
 def _placeholders_first(processor: dict[str, Any] | None, placeholder_id: int, n: int) -> dict[str, Any]:
     """The post-processor of a `tokenizer.json`, with n placeholders as the first of the special tokens it adds."""
+    steps: list[dict[str, Any]]
     steps = processor["processors"] if processor and processor["type"] == "Sequence" else [processor or _PLAIN]
     kinds = [step["type"] for step in steps]
     if not set(kinds) <= {"ByteLevel", "TemplateProcessing"} or kinds.count("TemplateProcessing") > 1:

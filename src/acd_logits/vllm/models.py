@@ -122,9 +122,8 @@ class ACDMixin(_Stock):
         if logits is None:
             return None
         safe, adversarial = logits.float().chunk(2)
-        alpha = strengths(self.acd_compilation, self.acd_pair.alpha, len(safe))
-        if isinstance(alpha, list):
-            alpha = torch.tensor(alpha, device=safe.device)[:, None]
+        strength = strengths(self.acd_compilation, self.acd_pair.alpha, len(safe))
+        alpha = torch.tensor(strength, device=safe.device)[:, None] if isinstance(strength, list) else strength
         # Without a bound, a token at -inf in the adversarial stream alone would win by infinity
         scores = contrast(safe, adversarial.clamp(min=-IMPLAUSIBLE), alpha, self.acd_pair.beta)
         implausible = scores.isneginf()
