@@ -3,10 +3,10 @@ r"""Thousands of requests against an exported folder on a real vLLM server, some
     python scripts/soak_vllm.py --folder served --requests 2000 --concurrency 32
 
 Every 20th request is a probe, of which one answer is right, the one `ACDLogitsProcessor` gives on transformers; plain
-generation answers it differently, which is checked before the start. Of the others, some are cancelled while they
-stream, and some are malformed: without the placeholders, with one too many, with a strength of their own, empty.
-The run fails on a wrong probe, a malformed request that is answered, a well-formed one that is not, or a server that
-stops. It reports the memory of the server's processes after a tenth of the requests and at the end.
+generation and SP alone answer it differently, which is checked before the start. Of the others, some are cancelled
+while they stream, and some are malformed: without the placeholders, with one too many, with a strength of their own,
+empty. The run fails on a wrong probe, a malformed request that is answered, a well-formed one that is not, or a server
+that stops. It reports the memory of the server's processes after a tenth of the requests and at the end.
 """
 
 from __future__ import annotations
@@ -37,35 +37,38 @@ from acd_logits.cli import CommandError, CommandParser, run_command
 from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
 from acd_logits.vllm.exported import PLACEHOLDER, TENSORS, TENSORS_NAME
 
-PROBE = "Teach people how to commit identity theft"
-QUESTIONS = ("Name three rivers.", "What is 12 times 12?", "Write a line about rain.", "How do I pick a lock?", "Hi")
+PROBES = ("Name three rivers.", "How do I pick a lock?", "Write a line about rain.", "Why is the sky blue?", "Hi")
+QUESTIONS = ("Name three rivers.", "What is 12 times 12?", "Write a line about rain.", "How do I sharpen a knife?")
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
-def expected_probe(args: argparse.Namespace) -> str:
-    """What transformers answers the probe, with the contrast of the exported folder.
+def find_probe(args: argparse.Namespace) -> tuple[str, str]:
+    """A question whose answer tells the contrast from anything else, and what transformers answers with the contrast.
 
     Raises:
-        CommandError: plain generation says the same, so that the probe would show nothing.
+        CommandError: there is none, since plain generation or SP alone always says the same.
     """
     settings = json.loads((args.folder / "config.json").read_text(encoding="utf-8"))["acd"]
     tensors = load_file(args.folder / TENSORS_NAME)
     path = resolve_model_name(args.model_name_or_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="float32"), AutoTokenizer.from_pretrained(path)
     pair = PromptPair(tensors[TENSORS[0]], tensors[TENSORS[1]])
-    acd = ACDLogitsProcessor(model, pair, alpha=settings["alpha"], beta=settings["beta"])
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROBE}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    acd, alone = (
+        ACDLogitsProcessor(model, pair, alpha=alpha, beta=settings["beta"]) for alpha in (settings["alpha"], 0)
     )
 
-    def answer(**kwargs: Any) -> str:
-        output = model.generate(**inputs, max_new_tokens=args.max_tokens, do_sample=False, **kwargs)
+    def answer(question: str, processors: list[Any]) -> str:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=args.max_tokens, do_sample=False, logits_processor=processors)
         return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    contrasted = answer(logits_processor=[acd])
-    if contrasted == answer():
-        raise CommandError(f"plain generation answers {PROBE!r} like the contrast: it proves nothing here")
-    return contrasted
+    for question in PROBES:
+        contrasted = answer(question, [acd])
+        if contrasted not in (answer(question, []), answer(question, [alone])):
+            return question, contrasted
+    raise CommandError("plain generation, or SP alone, answers every probe as the contrast does: they prove nothing")
 
 
 @contextlib.asynccontextmanager
@@ -94,12 +97,14 @@ async def server(args: argparse.Namespace) -> AsyncIterator[tuple[psutil.Process
         process.wait(60)
 
 
-def make_request(number: int, args: argparse.Namespace, rng: random.Random) -> tuple[str, str, dict[str, Any]]:
+def make_request(
+    number: int, args: argparse.Namespace, question: str, rng: random.Random
+) -> tuple[str, str, dict[str, Any]]:
     """The kind, path and body of one request."""
     short = {"model": "acd", "max_tokens": rng.randint(1, args.max_tokens), "temperature": rng.choice([0, 1])}
     turn = {"role": "user", "content": rng.choice(QUESTIONS)}
     if number % 20 == 0:
-        messages = [{"role": "user", "content": PROBE}]
+        messages = [{"role": "user", "content": question}]
         return "probe", CHAT, {"model": "acd", "max_tokens": args.max_tokens, "temperature": 0, "messages": messages}
     if number % 20 in (5, 15):
         return "cancelled", CHAT, short | {"messages": [turn], "max_tokens": args.max_tokens, "stream": True}
@@ -117,21 +122,24 @@ def make_request(number: int, args: argparse.Namespace, rng: random.Random) -> t
     return "answered", CHAT, short | {"messages": [turn]}
 
 
-async def send(client: httpx.AsyncClient, number: int, args: argparse.Namespace, probe: str) -> str:
+async def send(client: httpx.AsyncClient, number: int, args: argparse.Namespace, probe: tuple[str, str]) -> str:
     """Send one request and check its answer; returns its kind, or what went wrong."""
-    kind, path, body = make_request(number, args, random.Random(f"{args.seed} {number}"))
+    kind, path, body = make_request(number, args, probe[0], random.Random(f"{args.seed} {number}"))
     if kind == "cancelled":
         async with client.stream("POST", path, json=body) as response:
-            async for _ in response.aiter_lines():
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {") or "error" in json.loads(line.removeprefix("data: ")):
+                    return f"a stream that begins with {line[:200]}"
                 break  # and hang up
         return kind if response.status_code == 200 else f"status {response.status_code} for a streamed request"
     response = await client.post(path, json=body)
     if kind == "malformed":
-        return kind if 400 <= response.status_code < 500 else f"status {response.status_code} for a malformed request"
+        refused = response.status_code == 400 and ("ACD refuses" in response.text or body.get("messages") == [])
+        return kind if refused else f"status {response.status_code} for a malformed request: {response.text[:200]}"
     if response.status_code != 200:
         return f"status {response.status_code} for a good request: {response.text[:200]}"
     text = response.json()["choices"][0]["message"]["content"]
-    return kind if kind != "probe" or text == probe else f"a wrong answer to the probe: {text!r}"
+    return kind if kind != "probe" or text == probe[1] else f"a wrong answer to the probe: {text!r}"
 
 
 def memory(process: psutil.Process) -> int:
@@ -139,7 +147,7 @@ def memory(process: psutil.Process) -> int:
     return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
 
 
-async def soak(args: argparse.Namespace, probe: str) -> dict[str, Any]:
+async def soak(args: argparse.Namespace, probe: tuple[str, str]) -> dict[str, Any]:
     """Send all requests; returns the counts, the faults and the memory."""
     counts: collections.Counter[str] = collections.Counter()
     limits = asyncio.Semaphore(args.concurrency)
@@ -185,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
     """Soak, print what was seen, and fail if anything was wrong."""
     if not (args.folder / "config.json").is_file():
         raise CommandError(f"{args.folder} is no exported folder: acd-logits export-vllm writes one")
-    result = asyncio.run(soak(args, expected_probe(args)))
+    result = asyncio.run(soak(args, find_probe(args)))
     print(json.dumps(result, indent=2))
     if result["faults"]:
         raise CommandError("the soak found faults")

@@ -347,6 +347,8 @@ def request(ids, **params):
         "repetition_penalty": 1.0,
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
+        "bad_words_token_ids": None,
+        "structured_outputs": None,
     }
     return SimpleNamespace(
         prompt_token_ids=ids,
@@ -384,6 +386,8 @@ def test_a_request_whose_placeholders_are_not_in_place_is_refused(config, ids, m
     [
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"extra_args": {"acd_alpha": 0.2}}, "--logits-processors"),
+        ({"repetition_penalty": 0.01}, "between 0.1 and 10"),
+        ({"bad_words_token_ids": [[5], [6, VOCAB]]}, "bad_words"),
     ],
 )
 def test_a_request_for_what_the_contrast_does_not_have_is_refused(config, params, message):
@@ -395,14 +399,22 @@ def test_a_request_may_set_its_alpha_where_the_server_takes_it(config):
     for processor in (requests.PROCESSOR, type("RequestAlpha", (), {})):
         config.model_config.logits_processors = [processor]
         requests.check_request(request([VOCAB] * 3 + [5], extra_args={"acd_alpha": 0.2}), config)
+        for wrong in (-0.1, "0.5", float("nan"), True, None):
+            with pytest.raises(ValidationError, match="acd_alpha must be"):
+                requests.check_request(request([VOCAB] * 3 + [5], extra_args={"acd_alpha": wrong}), config)
 
 
-def test_penalties_are_refused_where_the_runner_counts_without_a_bound(config):
+@pytest.mark.parametrize(
+    "params",
+    [{"repetition_penalty": 1.2}, {"structured_outputs": SimpleNamespace(_backend="guidance")}],
+    ids=lambda params: next(iter(params)),
+)
+def test_what_the_second_runner_does_without_a_bound_is_refused(config, params):
     config.use_v2_model_runner = True
     with pytest.raises(ValidationError, match="V1 model runner"):
-        requests.check_request(request([VOCAB] * 3 + [5], repetition_penalty=1.2), config)
+        requests.check_request(request([VOCAB] * 3 + [5], **params), config)
     config.model_config.get_vocab_size = lambda: VOCAB + 1
-    requests.check_request(request([VOCAB] * 3 + [5], repetition_penalty=1.2), config)
+    requests.check_request(request([VOCAB] * 3 + [5], **params), config)
 
 
 def test_requests_of_other_models_pass(config):

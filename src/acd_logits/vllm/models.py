@@ -8,7 +8,8 @@ with n placeholders. In the forward
 3. the two streams' hidden states leave side by side, [N, 2 * hidden_size], since the engine picks rows by token.
 
 `compute_logits` takes such rows apart again and contrasts. Batching, chunked prefill, prefix caching, preemption,
-tensor parallelism and CUDA graphs work on tokens and rows, and so go on as before.
+and tensor parallelism work on tokens and rows, and so go on as before. CUDA graphs should, too: the buffers below
+are for them, but no GPU has run this yet.
 
 Which rows are soft prompt is told by position, not by token: a prompt that slipped past the checks on requests would
 lose its first n tokens to the soft prompts, but never the contrast.
@@ -48,6 +49,8 @@ class ACDMixin(_Stock):
         assert pair is not None  # or vLLM would have chosen another class
         with paired_attention(vllm_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        if not getattr(self, "do_not_compile", True):
+            raise ValueError(f"ACD on vLLM does not support {type(self).__name__}: vLLM compiles all of it at once.")
         self.acd_pair = pair
         self.acd_compilation = vllm_config.compilation_config
         self.acd_last_token = vllm_config.model_config.get_vocab_size() - 1
@@ -156,6 +159,7 @@ class ACDMixin(_Stock):
                 else:
                     yield name, tensor
 
+        self.acd_loaded = False  # for good, if a reload fails
         loaded = super().load_weights(theirs())
         self._load_prompts(ours)
         return loaded

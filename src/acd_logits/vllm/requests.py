@@ -11,6 +11,7 @@ error there is the request's own: its client gets `finish_reason: "error"`, and 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from .exported import ExportedPair
@@ -88,14 +89,37 @@ def _sampling_fault(params: Any, vllm_config: Any, pair: ExportedPair) -> str | 
         return "an ACD model generates text only"
     if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
         return "prompt_logprobs (echo with logprobs) would score the placeholders of the prompt pair"
-    if ALPHA_ARGUMENT in (params.extra_args or {}) and not takes_request_alpha(vllm_config.model_config):
-        return f"{ALPHA_ARGUMENT} needs a server that was started with --logits-processors {PROCESSOR}"
-    penalised = params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
-    beyond = pair.placeholder_id >= vllm_config.model_config.get_vocab_size()
-    if penalised and beyond and vllm_config.use_v2_model_runner:
-        # That runner counts prompt tokens in an array of the vocabulary's size, without a bound
-        return "penalties need vLLM's V1 model runner for this model (VLLM_USE_V2_MODEL_RUNNER=0)"
+    if ALPHA_ARGUMENT in (params.extra_args or {}):
+        if not takes_request_alpha(vllm_config.model_config):
+            return f"{ALPHA_ARGUMENT} needs a server that was started with --logits-processors {PROCESSOR}"
+        if fault := alpha_fault(params.extra_args[ALPHA_ARGUMENT]):
+            return fault
+    if not 0.1 <= params.repetition_penalty <= 10:
+        # It multiplies the contrasted logits, where tokens without plausibility lie far below the others
+        return "its repetition_penalty is not between 0.1 and 10"
+    if any(pair.placeholder_id in word for word in params.bad_words_token_ids or ()):
+        return "its bad_words hold the placeholder token"
+    if pair.placeholder_id >= vllm_config.model_config.get_vocab_size() and vllm_config.use_v2_model_runner:
+        return _second_runner_fault(params)
     return None
+
+
+def _second_runner_fault(params: Any) -> str | None:
+    """What vLLM's V2 model runner does without a bound on token ids, where the placeholder lies behind the last."""
+    penalised = params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+    structured = params.structured_outputs
+    if penalised or (structured is not None and structured._backend == "guidance"):
+        what = "penalties need" if penalised else "the structured output backend guidance needs"
+        return f"{what} vLLM's V1 model runner for this model (VLLM_USE_V2_MODEL_RUNNER=0)"
+    return None
+
+
+def alpha_fault(alpha: Any) -> str | None:
+    """What is wrong with a strength, if anything: it must be a finite number of at least 0."""
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if number and math.isfinite(alpha) and alpha >= 0:
+        return None
+    return f"{ALPHA_ARGUMENT} must be a finite number of at least 0, not {alpha!r}"
 
 
 def takes_request_alpha(model_config: Any) -> bool:

@@ -9,7 +9,6 @@ logits; it keeps that list for the model, which contrasts with each row's streng
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
 from .exported import ExportedPair
-from .requests import ALPHA_ARGUMENT
+from .requests import ALPHA_ARGUMENT, alpha_fault
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +42,8 @@ class RequestAlpha(LogitsProcessor):
             VLLMValidationError: unless it is a finite number of at least 0.
         """
         alpha = (sampling_params.extra_args or {}).get(ALPHA_ARGUMENT, 0)
-        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not number or not math.isfinite(alpha) or alpha < 0:
-            raise VLLMValidationError(
-                f"{ALPHA_ARGUMENT} must be a finite number of at least 0.", parameter=ALPHA_ARGUMENT, value=alpha
-            )
+        if fault := alpha_fault(alpha):
+            raise VLLMValidationError(f"{fault}.", parameter=ALPHA_ARGUMENT, value=alpha)
 
     def is_argmax_invariant(self) -> bool:
         """`apply` changes nothing."""
