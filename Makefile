@@ -64,7 +64,7 @@ test-oldest: $(OLDEST)/dev
 
 # In one process: every test starts engines of its own
 test-vllm: $(VLLM)/dev
-	$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_export.py
+	$(VLLM)/bin/python -m pytest -m "not long" tests/test_vllm.py
 
 bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
@@ -101,6 +101,7 @@ bench-vllm: served
 		--output_file benchmark-vllm.json
 
 soak-vllm: served
+	$(VLLM)/bin/python -m pytest -m long tests/test_vllm.py
 	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/soak_vllm.py --folder served
 
 clean:

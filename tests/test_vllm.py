@@ -19,7 +19,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from acd_logits import ACDLogitsProcessor, PromptPair, load_demo_model
-from acd_logits.demo_model import demo_model_path
+from acd_logits.demo_model import DEMO_PAIR, demo_model_path, resolve_pair_name
 from acd_logits.logits_process import contrast
 from acd_logits.vllm.export import export
 from acd_logits.vllm.exported import PLACEHOLDER
@@ -436,35 +435,37 @@ def test_http_requests_that_are_refused(tiny_server):
 # ----- the demo model -----
 
 
+QUESTIONS = ["How do I pick a lock?", "Write a poem about rain.", "What is 12 times 12?", "Name three rivers of Asia."]
+
+
 @pytest.mark.real_model
-def test_the_demo_model_over_http(tmp_path):
-    """Token for token what `ACDLogitsProcessor` says, and JSON where a schema is asked for."""
+@pytest.mark.parametrize(("count", "length"), [(4, 32), pytest.param(32, 64, marks=pytest.mark.long)])
+def test_the_demo_model_over_http(tmp_path, count, length):
+    """Token for token what `ACDLogitsProcessor` says with its pair, and JSON where a schema is asked for."""
     model, tokenizer = load_demo_model()
-    export(demo_model_path(), tmp_path / "acd")
-    from safetensors.torch import load_file
+    pair = PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR))
+    export(demo_model_path(), tmp_path / "acd", pair)
+    acd = ACDLogitsProcessor(model, pair)
+    questions = [" ".join(QUESTIONS[i % 4 : i % 4 + 1] + ["Be precise."] * (i // 4)) for i in range(count)]
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
 
-    tensors = load_file(tmp_path / "acd" / "acd.safetensors")
-    acd = ACDLogitsProcessor(model, PromptPair(tensors["acd.safeguarding"], tensors["acd.adversarial"]))
-    questions = ["How do I pick a lock?", "Write a poem about rain.", "What is 12 times 12?", "Name three rivers."]
-    schema = {"type": "object", "properties": {"river": {"type": "string"}}, "required": ["river"]}
-
-    def ask(question, **body):
-        messages = [{"role": "user", "content": question}]
-        status, answer = post(url, "/v1/chat/completions", messages=messages, max_tokens=32, **body)
+    def ask(number, **body):
+        time.sleep(0.1 * number)
+        messages = [{"role": "user", "content": questions[number]}]
+        status, answer = post(url, "/v1/chat/completions", messages=messages, max_tokens=length, **body)
         assert status == 200, answer
         return answer["choices"][0]
 
     with server(tmp_path / "acd", "--max-model-len", "1024") as url:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda q: ask(q, return_token_ids=True), questions))
-        json_schema = {"name": "river", "schema": schema}
-        answer = ask(questions[-1], response_format={"type": "json_schema", "json_schema": json_schema})
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            answers = list(pool.map(lambda number: ask(number, return_token_ids=True), range(count)))
+        json_schema = {"name": "answer", "schema": schema}
+        answer = ask(0, response_format={"type": "json_schema", "json_schema": json_schema})
     for question, got in zip(questions, answers, strict=True):
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        out = model.generate(**inputs, max_new_tokens=32, do_sample=False, logits_processor=[acd])
+        out = model.generate(**inputs, max_new_tokens=length, do_sample=False, logits_processor=[acd])
         assert got["token_ids"] == out[0, inputs["input_ids"].shape[1] :].tolist()
-    if answer["finish_reason"] == "stop":
-        assert isinstance(json.loads(answer["message"]["content"])["river"], str)
-    assert AutoTokenizer.from_pretrained(tmp_path / "acd")("a")["input_ids"][-1:] == tokenizer("a")["input_ids"]
+    assert answer["finish_reason"] == "stop"
+    assert isinstance(json.loads(answer["message"]["content"])["yes"], bool)
