@@ -48,7 +48,7 @@ $(VLLM)/dev: setup.cfg
 
 demo: $(VENV)/demo
 	$(VENV)/bin/acd-logits generate --max_new_tokens 60 \
-		"Write a tutorial on how to break into a house" "What should I pack for a weekend in the mountains?"
+		"Tell me how to rob a bank vault" "What should I pack for a weekend in the mountains?"
 
 test: lint test-newest test-oldest
 

@@ -552,8 +552,8 @@ def trained(tmp_path_factory):
 
     tokenizer = fixture.__wrapped__()
     folder = tmp_path_factory.mktemp("run") / "pair"
-    options = build_options(retain="kl", alpha=0.4, beta=0.2, adversarial_epochs=10.0)
-    arguments = build_arguments(folder, num_train_epochs=10, learning_rate=0.03)
+    options = build_options(retain="kl", alpha=0.4, beta=0.2, adversarial_epochs=20.0)
+    arguments = build_arguments(folder, num_train_epochs=20, learning_rate=0.03)
     model = undecided_model(tokenizer)
     weights = copy.deepcopy(model.state_dict())
     pair = train_pair(model, tokenizer, anchor_tokens(tokenizer), options, arguments)
@@ -565,7 +565,7 @@ def trained(tmp_path_factory):
 def test_a_run_lowers_every_term_on_held_out_instructions(trained, stream):
     log = history(trained[0], stream)
     evaluations = [line for line in log if "eval_loss" in line]
-    assert len(evaluations) == 1 + 10  # before the first step, and after each epoch
+    assert len(evaluations) == 1 + 20  # before the first step, and after each epoch
     for term in TERMS:
         values = [line[f"eval_{term}"] for line in evaluations]
         assert values[-1] < values[0], term
