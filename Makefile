@@ -63,7 +63,7 @@ test-newest: $(VENV)/dev
 test-oldest: $(OLDEST)/dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model"
 
-# In one process: every test starts engines of its own
+# In one process, which hosts most of the engines
 test-vllm: $(VLLM)/dev
 	$(VLLM)/bin/python -m pytest -m "not long" tests/test_vllm.py
 
@@ -93,8 +93,8 @@ evaluation: $(VENV)/dev
 	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(firstword $(BENCHMARKS)) --limit 250 \
 		--max_new_tokens 64 --batch_size 50 --arms acd --alphas 0 0.2 0.4 0.5 0.6 0.8 1
 
-# What vLLM costs and gains, and thousands of requests with cancellations and malformed ones: half an hour on 2 cores
-served: $(VLLM)/dev
+# What vLLM costs and gains, and thousands of requests with cancellations and malformed ones
+served: | $(VLLM)/dev
 	$(VLLM)/bin/acd-logits export-vllm --model_name_or_path smollm2 --output_dir $@
 
 bench-vllm: served

@@ -27,14 +27,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import tqdm
 
-from acd_logits import ACDLogitsProcessor, PromptPair
+from acd_logits import ACDLogitsProcessor
 from acd_logits.cli import CommandError, CommandParser, run_command
 from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
-from acd_logits.vllm.exported import TENSORS, TENSORS_NAME
+from acd_logits.vllm.exported import read_pair
 
 TOPICS = ("a river", "a birthday party", "the number seven", "a bicycle tour", "learning to cook", "an old clock")
 FORMS = (
@@ -76,14 +75,11 @@ def vllm_arm(folder: Path, args: argparse.Namespace) -> tuple[Callable[[list[Any
 
 def transformers_arm(base: str, args: argparse.Namespace) -> Callable[[list[Any]], None]:
     """A function that answers chats in one batch, with the pair of the exported folder."""
-    settings = json.loads((args.folder / "config.json").read_text(encoding="utf-8"))["acd"]
-    tensors = load_file(args.folder / TENSORS_NAME)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype)
     model.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    pair = PromptPair(tensors[TENSORS[0]], tensors[TENSORS[1]])
-    acd = ACDLogitsProcessor(model, pair, alpha=settings["alpha"], beta=settings["beta"])
+    acd = ACDLogitsProcessor(model, read_pair(args.folder))
 
     def answer(chats: list[Any]) -> None:
         inputs = tokenizer.apply_chat_template(

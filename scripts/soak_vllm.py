@@ -28,14 +28,13 @@ from typing import Any
 
 import httpx
 import psutil
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import tqdm
 
-from acd_logits import ACDLogitsProcessor, PromptPair
+from acd_logits import ACDLogitsProcessor
 from acd_logits.cli import CommandError, CommandParser, run_command
 from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
-from acd_logits.vllm.exported import PLACEHOLDER, TENSORS, TENSORS_NAME
+from acd_logits.vllm.exported import PLACEHOLDER, read_pair
 
 PROBES = ("Name three rivers.", "How do I pick a lock?", "Write a line about rain.", "Why is the sky blue?", "Hi")
 QUESTIONS = ("Name three rivers.", "What is 12 times 12?", "Write a line about rain.", "How do I sharpen a knife?")
@@ -48,14 +47,10 @@ def find_probe(args: argparse.Namespace) -> tuple[str, str]:
     Raises:
         CommandError: there is none, since plain generation or SP alone always says the same.
     """
-    settings = json.loads((args.folder / "config.json").read_text(encoding="utf-8"))["acd"]
-    tensors = load_file(args.folder / TENSORS_NAME)
     path = resolve_model_name(args.model_name_or_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="float32"), AutoTokenizer.from_pretrained(path)
-    pair = PromptPair(tensors[TENSORS[0]], tensors[TENSORS[1]])
-    acd, alone = (
-        ACDLogitsProcessor(model, pair, alpha=alpha, beta=settings["beta"]) for alpha in (settings["alpha"], 0)
-    )
+    pair = read_pair(args.folder)
+    acd, alone = (ACDLogitsProcessor(model, pair, alpha=alpha) for alpha in (pair.alpha, 0))
 
     def answer(question: str, processors: list[Any]) -> str:
         inputs = tokenizer.apply_chat_template(

@@ -15,7 +15,7 @@ from acd_logits import PromptPair
 from acd_logits.cli import main
 from acd_logits.vllm import exported, requests, startup
 from acd_logits.vllm.export import export
-from acd_logits.vllm.exported import PLACEHOLDER, ExportedPair
+from acd_logits.vllm.exported import PLACEHOLDER, ExportedPair, read_pair
 from conftest import VOCAB, build_model, build_pair
 
 TEMPLATE = "{% for message in messages %}<bos>{{ message.content }}<eos>{% endfor %}"
@@ -69,7 +69,12 @@ def test_config_names_the_plugins_architecture_and_the_pair(base, tmp_path):
 
 
 def test_alpha_and_beta_can_be_set(base, tmp_path):
-    export(base(), tmp_path / "out", equal_pair(), alpha=1.5, beta=0)
+    pair = equal_pair()
+    export(base(), tmp_path / "out", pair, alpha=1.5, beta=0)
+    read_back = read_pair(tmp_path / "out")
+    assert (read_back.alpha, read_back.beta) == (1.5, 0)
+    assert torch.equal(read_back.safeguarding, pair.safeguarding)
+    assert torch.equal(read_back.adversarial, pair.adversarial)
 
     entry = read(tmp_path / "out" / "config.json")["acd"]
     assert (entry["alpha"], entry["beta"]) == (1.5, 0)

@@ -515,9 +515,8 @@ def _benchmark_specs(args: argparse.Namespace) -> list[tuple[str, Label | None]]
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:
-    for name in ("revision", "transfer"):
-        if getattr(args, name) and args.pair in (None, MANUAL_TEXTS):
-            raise CommandError(f"--{name} is about the pair and needs --pair")
+    if args.transfer and args.pair in (None, MANUAL_TEXTS):
+        raise CommandError("--transfer is about the pair and needs --pair")
     if args.judge_url and not args.judge.startswith("llm:"):
         raise CommandError("--judge_url needs --judge llm:NAME")
     if args.harmless_label and not args.judge.startswith("classifier:"):
@@ -645,8 +644,6 @@ def add_export_vllm_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export_vllm(args: argparse.Namespace) -> None:
     """Write a folder for vLLM: the model's files, linked, the prompt pair, and a tokenizer that makes room for it."""
-    if args.revision and args.pair in (None, MANUAL_TEXTS):
-        raise CommandError("--revision is the pair's and needs --pair")
     if args.output_dir.exists():
         raise CommandError(f"{args.output_dir} exists: choose a new folder")
     from transformers.utils import logging
@@ -858,6 +855,8 @@ def _load_pair(args: argparse.Namespace) -> PromptPair | None:
     """Load the learned pair; `None` for the manual texts."""
     from .prompt_pair import PromptPair
 
+    if args.revision and args.pair in (None, MANUAL_TEXTS):
+        raise ValueError("--revision is the pair's and needs --pair")
     name = _pair_name(args)
     if not name:
         raise ValueError(f"--pair is empty: name a folder or a Hub id, or {MANUAL_TEXTS} for the manual prompts")
@@ -893,8 +892,6 @@ def _load_model(
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
-    if args.revision and args.pair in (None, MANUAL_TEXTS):
-        raise CommandError("--revision is the pair's and needs --pair")
     if not args.do_sample and (args.temperature is not None or args.top_p is not None):
         raise CommandError("--temperature and --top_p need --do_sample")
 

@@ -17,7 +17,12 @@ keeps its padding value, so penalties pass over it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..prompt_pair import PromptPair
 
 PREFIX = "ACD"
 PLACEHOLDER = "<|acd|>"
@@ -71,3 +76,19 @@ class ExportedPair:
                 f"the acd entry of config.json lacks, or does not know, {wrong!r}: export the model again."
             )
         return cls(**entry)
+
+
+def read_pair(folder: Path) -> PromptPair:
+    """The prompt pair of an exported folder, with the strengths it is served with.
+
+    Raises:
+        OSError: a file is missing.
+    """
+    from safetensors.torch import load_file
+
+    from ..prompt_pair import PairConfig, PromptPair
+
+    entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["acd"]
+    tensors = load_file(folder / TENSORS_NAME)
+    config = PairConfig(alpha=entry["alpha"], beta=entry["beta"])
+    return PromptPair(tensors[TENSORS[0]], tensors[TENSORS[1]], config)
