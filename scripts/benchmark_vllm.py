@@ -10,8 +10,9 @@ Three arms answer the same chat prompts, greedily and without an end-of-sequence
 
 They take turns in every repeat; an engine that waits uses no CPU. Each is measured with one prompt (latency) and with
 all of them at once (throughput, new tokens of all prompts over wall time). Figures are medians over the repeats, and
-ratios are formed within a repeat. Prefix caching is off: the repeats bring the same prompts again. `KV tokens` is how
-many tokens of requests fit into vLLM's cache, of which both engines get the same memory.
+ratios are formed within a repeat. vLLM's prefix caching is on, as by default, and no prompt comes twice: what it finds
+is what all requests begin with, the start of the chat template and, with the contrast, the soft prompts. `KV tokens`
+is how many tokens of requests fit into vLLM's cache, of which both engines get the same memory.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ FORMS = (
 Times = dict[str, list[dict[str, float]]]  # by arm and repeat: seconds for "one" prompt and for "all"
 
 
-def make_prompts(count: int) -> list[list[dict[str, str]]]:
-    """Chats of different lengths."""
-    texts = [FORMS[i % 3].format(TOPICS[i % len(TOPICS)]) + " Be precise." * (i % 5) for i in range(count)]
+def make_prompts(count: int, first: int) -> list[list[dict[str, str]]]:
+    """Chats of different lengths; those of two different numbers differ from their first words on."""
+    texts = []
+    for i in range(first, first + count):
+        request = FORMS[i % 3].format(TOPICS[i % len(TOPICS)]) + " Be precise." * (i % 5)
+        texts.append(f"In {20 + i} to {60 + i} words: {request}")
     return [[{"role": "user", "content": text}] for text in texts]
 
 
@@ -60,7 +64,6 @@ def vllm_arm(folder: Path, args: argparse.Namespace) -> tuple[Callable[[list[Any
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=args.num_prompts,
-        enable_prefix_caching=False,
         disable_log_stats=True,
     )
     settings = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
@@ -93,13 +96,13 @@ def transformers_arm(base: str, args: argparse.Namespace) -> Callable[[list[Any]
 
 def measure(arms: dict[str, Callable[[list[Any]], None]], args: argparse.Namespace) -> Times:
     """Seconds of every arm and repeat, for one prompt and for all."""
-    chats = make_prompts(args.num_prompts)
     times: Times = {name: [] for name in arms}
     with tqdm(total=(args.repeats + 1) * len(arms), unit="run", file=sys.stderr) as progress:
         for repeat in range(args.repeats + 1):
+            one, *many = make_prompts(1 + args.num_prompts, repeat * (1 + args.num_prompts))
             for name, answer in arms.items():
                 seconds = {}
-                for what, batch in (("one", chats[:1]), ("all", chats)):
+                for what, batch in (("one", [one]), ("all", many)):
                     start = time.perf_counter()
                     answer(batch)
                     seconds[what] = time.perf_counter() - start

@@ -639,7 +639,7 @@ def test_the_best_checkpoint_is_kept(tokenizer, tmp_path):
     assert pair.config.training["held_out_loss"]["safeguarding"]["kept"]["epoch"] == 2
 
 
-@pytest.mark.parametrize("retain", ["ce", "kl"])
+@pytest.mark.parametrize("retain", ["ce", "kl", "answer"])
 def test_micro_batches_change_nothing(tokenizer, tmp_path, retain):
     """Eight at once, or twice four; 21 pairs, so that an epoch's last step is short."""
     pairs = anchor_tokens(tokenizer)
@@ -674,6 +674,43 @@ def test_the_plain_model_answers_each_safe_pair_once(tokenizer, tmp_path, monkey
         assert sum(rows) == (2 * (7 + 3) if limit else 2 * (2 * 7 + 3 * 3))
         rows.clear()
     assert_same_pair(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_that_begin_as_refusals_do_are_not_followed(tokenizer):
+    """What is left of them is the place of the first token, on safe requests."""
+    examples = anchor_tokens(tokenizer, held_out=0).train[:6]
+    refusal, answer, safe = examples[:3]
+    answer["response"], safe["response"] = [50, 60, 61], [50, 70, 71]
+    openings = training.refusal_openings(examples)
+    assert openings == [50]
+    kept = training.leave_out_apologies(examples, openings)
+    assert kept == [refusal, {**safe, "response": [50]}, *examples[3:]]
+    assert safe["response"] == [50, 70, 71]
+
+
+def test_retain_may_leave_out_what_refusals_begin_with(tokenizer, tmp_path):
+    """The held-out L_r at the start, by hand: the plain model without the refusals' first word, apologies cut off."""
+    pairs, model = anchor_tokens(tokenizer), build_model()
+    safe = [example for example in pairs.held_out if SPLITS[example["split"]] == "D_S"]
+    safe[0]["response"] = [50, *safe[0]["response"]]
+    options = build_options(retain="answer")
+    prompt = training.initial_prompts(model, tokenizer, options).safeguarding
+    train_pair(model, tokenizer, pairs, options, build_arguments(tmp_path))
+    losses = []
+    for example in safe:
+        ids, response = example["input_ids"], example["response"]
+        x = model.get_input_embeddings()(torch.tensor([ids + response]))
+        plain, prompted = (
+            model(inputs_embeds=embeds).logits[0, -len(response) - 1 : -1].log_softmax(-1)
+            for embeds in (x, torch.cat([prompt[None], x], dim=1))
+        )
+        plain[0, 50] = -math.inf
+        plain = plain.log_softmax(-1)
+        divergence = torch.where(plain.exp() > 0, plain.exp() * (plain - prompted), 0).sum(-1)
+        losses += divergence[: 1 if response[0] == 50 else None].tolist()
+    first = next(line for line in history(tmp_path) if "eval_L_r" in line)
+    assert len(losses) < sum(len(example["response"]) for example in safe)
+    assert first["eval_L_r"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_without_a_held_out_part(tokenizer, tmp_path):

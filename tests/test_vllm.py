@@ -437,36 +437,101 @@ def test_http_requests_that_are_refused(tiny_server):
 
 
 QUESTIONS = ["How do I pick a lock?", "Write a poem about rain.", "What is 12 times 12?", "Name three rivers of Asia."]
+CHAT = "/v1/chat/completions"
+
+
+class Demo:
+    """The demo model with its pair, on transformers and on a server."""
+
+    def __init__(self, url):
+        self.url, (self.model, self.tokenizer) = url, load_demo_model()
+        self.acd = ACDLogitsProcessor(self.model, PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)))
+
+    def ask(self, question, **body):
+        """The server's answer."""
+        status, answer = post(self.url, CHAT, messages=[{"role": "user", "content": question}], **body)
+        assert status == 200, answer
+        return answer["choices"]
+
+    def expected(self, question, count):
+        """Tokens and scores of transformers."""
+        inputs = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        settings = {
+            "max_new_tokens": count,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+            "output_scores": True,
+        }
+        out = self.model.generate(**inputs, **settings, logits_processor=[self.acd])
+        return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(out.scores)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "acd"
+    export(demo_model_path(), folder, PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)))
+    with server(folder, "--max-model-len", "1024") as url:
+        yield Demo(url)
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(("count", "length"), [(4, 32), pytest.param(32, 64, marks=pytest.mark.long)])
-def test_the_demo_model_over_http(tmp_path, count, length):
-    """Token for token what `ACDLogitsProcessor` says with its pair, and JSON where a schema is asked for."""
-    model, tokenizer = load_demo_model()
-    pair = PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR))
-    export(demo_model_path(), tmp_path / "acd", pair)
-    acd = ACDLogitsProcessor(model, pair)
+def test_the_demo_model_over_http(demo, count, length):
+    """Token for token what `ACDLogitsProcessor` says with its pair."""
     questions = [" ".join(QUESTIONS[i % 4 : i % 4 + 1] + ["Be precise."] * (i // 4)) for i in range(count)]
-    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
 
-    def ask(number, **body):
+    def ask(number):
         time.sleep(0.1 * number)
-        messages = [{"role": "user", "content": questions[number]}]
-        status, answer = post(url, "/v1/chat/completions", messages=messages, max_tokens=length, **body)
-        assert status == 200, answer
-        return answer["choices"][0]
+        return demo.ask(questions[number], max_tokens=length, return_token_ids=True)[0]["token_ids"]
 
-    with server(tmp_path / "acd", "--max-model-len", "1024") as url:
-        with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            answers = list(pool.map(lambda number: ask(number, return_token_ids=True), range(count)))
-        json_schema = {"name": "answer", "schema": schema}
-        answer = ask(0, response_format={"type": "json_schema", "json_schema": json_schema})
-    for question, got in zip(questions, answers, strict=True):
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        out = model.generate(**inputs, max_new_tokens=length, do_sample=False, logits_processor=[acd])
-        assert got["token_ids"] == out[0, inputs["input_ids"].shape[1] :].tolist()
-    assert answer["finish_reason"] == "stop"
-    assert isinstance(json.loads(answer["message"]["content"])["yes"], bool)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(ask, range(count)))
+    for question, answer in zip(questions, answers, strict=True):
+        assert answer == demo.expected(question, length)[0]
+
+
+@pytest.mark.real_model
+def test_what_clients_ask_for(demo):
+    """Seeds, several answers, log-probabilities, streams, stop strings and a schema, over the API."""
+    question = QUESTIONS[1]
+    tokens, scores = demo.expected(question, 24)
+    text = demo.tokenizer.decode(tokens)
+
+    sampled = {"seed": 7, "n": 4, "max_tokens": 12, "temperature": 1.0}
+    first, again = ([choice["message"]["content"] for choice in demo.ask(question, **sampled)] for _ in range(2))
+    assert first == again and len(set(first)) == 4
+
+    (choice,) = demo.ask(question, max_tokens=24, logprobs=True, top_logprobs=2)
+    assert choice["message"]["content"] == text
+    expected = scores.log_softmax(-1)
+    for entry, row, token in zip(choice["logprobs"]["content"], expected, tokens, strict=True):
+        assert entry["logprob"] == pytest.approx(row[token].item(), abs=1e-3)
+        assert entry["top_logprobs"][1]["logprob"] == pytest.approx(max(row.topk(2)[0][1].item(), -9999), abs=1e-3)
+
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 24,
+        "stream": True,
+        "model": "acd",
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        demo.url + CHAT, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        lines = [line.decode().removeprefix("data: ").strip() for line in response if line.strip()]
+    assert lines.pop() == "[DONE]" and len(lines) > 5
+    assert "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines) == text
+
+    stop = text.split()[6]
+    (choice,) = demo.ask(question, max_tokens=24, stop=[stop])
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == text.partition(stop)[0]
+
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    json_schema = {"name": "answer", "schema": schema}
+    (choice,) = demo.ask(
+        QUESTIONS[0], max_tokens=32, response_format={"type": "json_schema", "json_schema": json_schema}
+    )
+    assert choice["finish_reason"] == "stop" and isinstance(json.loads(choice["message"]["content"])["yes"], bool)

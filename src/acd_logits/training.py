@@ -110,8 +110,11 @@ class OPOArguments:
     lp_weight: float = HfArg(default=1.0, help="weight of L_p: follow the split's responses")
     ln_weight: float = HfArg(default=0.3, help="weight of L_n: avoid the other split's responses")
     lr_weight: float = HfArg(default=6.0, help="weight of L_r: stay helpful on safe instructions")
-    retain: Literal["ce", "kl"] = HfArg(
-        default="kl", help="L_r: KL divergence to the model without a prompt, or cross entropy on D_S (the paper's)"
+    retain: Literal["ce", "kl", "answer"] = HfArg(
+        default="kl",
+        help="L_r: cross entropy on D_S (the paper's), KL divergence to the model without a prompt, or to that model "
+        "where it does not begin as the refusals do (nor count answers in D_HA that do), for one that turns down safe "
+        "requests by itself",
     )
     adversarial_epochs: float = HfArg(
         default=0.5, help="epochs of AP, which starts much nearer to its goal; 0 leaves it as it starts"
@@ -261,6 +264,25 @@ def encode_anchors(
         others = responses.get((example["instruction"], opposite.get(SPLITS[example["split"]], "")), [])
         example["opening"] = max((_common_length(example["response"], other) for other in others), default=0)
     return examples
+
+
+def refusal_openings(examples: Iterable[Example]) -> list[int]:
+    """The first tokens of refusals."""
+    return sorted({e["response"][0] for e in examples if SPLITS[e["split"]] == "D_HR"})
+
+
+def leave_out_apologies(examples: Iterable[Example], openings: Sequence[int]) -> list[Example]:
+    """Examples without the answers that begin as refusals do: where a model apologises, there is nothing to follow.
+
+    Those of D_HA are left out. Those of D_S keep their first token, at which the model may still say something else.
+    """
+    kept = []
+    for example in examples:
+        if SPLITS[example["split"]] == "D_HR" or example["response"][0] not in openings:
+            kept.append(example)
+        elif SPLITS[example["split"]] == "D_S":
+            kept.append(example | {"response": example["response"][:1]})
+    return kept
 
 
 def _common_length(one: list[int], other: list[int]) -> int:
@@ -476,7 +498,7 @@ def opo_loss(
         avoided: `[B, R]`, those that L_n is about, as of [`collate`].
         splits: `[B]`, indices into SPLITS.
         stream: "safeguarding" follows D_HR and avoids D_HA, "adversarial" the other way round.
-        plain_logits: `[rows of D_S, R, vocab]` of the model without a soft prompt, for the KL form of L_r.
+        plain_logits: `[rows of D_S, R, vocab]` of the model without a soft prompt, for the KL forms of L_r.
 
     Returns:
         `[B, 3]`: what each row adds to L_p, L_n and L_r; divide by the number of tokens for the means.
@@ -588,6 +610,9 @@ class OPOTrainer(Trainer):
     """
 
     def __init__(self, stream: str, options: OPOArguments, **kwargs: Any) -> None:
+        self._refused = refusal_openings(kwargs["train_dataset"]) if options.retain == "answer" else []
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = kwargs[name] and leave_out_apologies(kwargs[name], self._refused)
         super().__init__(data_collator=collate, compute_metrics=self._held_out_loss, **kwargs)
         self.stream, self.options = stream, options
         self.model_accepts_loss_kwargs = True  # our mean is over all micro-batches: nothing is left to divide
@@ -655,7 +680,7 @@ class OPOTrainer(Trainer):
         ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
         avoided, splits = inputs["avoided"], inputs["splits"]
         plain = None
-        if self.options.retain == "kl":
+        if self.options.retain != "ce":
             safe = splits == SPLITS.index("D_S")
             plain = self._plain_logits(ids[safe], mask[safe], labels[safe]) if safe.any() else None
         logits = model(ids, mask, labels.shape[1])
@@ -663,7 +688,10 @@ class OPOTrainer(Trainer):
         return sums, count_tokens(labels, avoided, splits, self.stream)
 
     def _plain_logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, R, vocab]` without the soft prompt: a row's stay as they are, and are computed once."""
+        """Logits `[B, R, vocab]` without the soft prompt: a row's stay as they are, and are computed once.
+
+        With `--retain answer`, the tokens that refusals begin with are out of the question as first ones.
+        """
         rows = zip(ids, mask.bool(), labels != IGNORED, strict=True)
         keys = [(int(response.sum()), *row[kept].tolist()) for row, kept, response in rows]
         new = [i for i, key in enumerate(keys) if key not in self._plain]
@@ -673,6 +701,7 @@ class OPOTrainer(Trainer):
             with torch.no_grad():
                 logits = self.model(ids[new], mask[new], labels.shape[1], prompted=False)
             for i, row in zip(new, logits, strict=True):
+                row[0, self._refused] = torch.finfo(row.dtype).min
                 found[keys[i]] = row[labels[i] != IGNORED].cpu()
             if sum(logits.nbytes for logits in self._plain.values()) < PLAIN_CACHE_BYTES:
                 self._plain |= found
