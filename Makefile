@@ -3,7 +3,7 @@
 #             the plugin on a real vLLM; each by itself: make lint, test-newest, test-oldest, test-vllm
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
-# make pair   train the demo model's prompt pair again, into new-pair/4 (an hour and a half and more on 2 cores)
+# make pair   train the demo model's prompt pair again, into new-pair/4 (two hours and more on 2 cores)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
 PYTHON ?= python3
@@ -77,20 +77,20 @@ bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
 		--new_tokens 40 --repeats 7 --output_file benchmark.json
 
-# Both go on where they stopped. First what to refuse, by few tokens; then how to word it, and how seldom
+# All go on where they stopped. First what to refuse, by few tokens; then how to word it, and how seldom
 TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl
+FINISH = --retain answer --max_response_tokens 10 --ln_weight 0.7 --learning_rate 6e-3 --num_train_epochs 1 \
+	--eval_strategy no --load_best_model_at_end false
 
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --system_prompts null \
 		--batch_size 64 --max_new_tokens 16 --refusal_opening "I'm sorry, but I can't help with that." \
 		--output_file anchors.jsonl
 	$(TRAIN) --output_dir new-pair/1 --max_response_tokens 3
-	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 --max_response_tokens 6 --lr_weight 15 --ln_weight 0.7 \
-		--learning_rate 8e-3 --num_train_epochs 4
-	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 --max_response_tokens 10 --lr_weight 25 --ln_weight 0.7 \
-		--learning_rate 5e-3 --num_train_epochs 1 --adversarial_epochs 0
-	$(TRAIN) --output_dir new-pair/4 --init_pair new-pair/3 --max_response_tokens 10 --lr_weight 80 --ln_weight 0.7 \
-		--learning_rate 4e-3 --max_steps 16 --adversarial_epochs 0 --eval_strategy no --load_best_model_at_end false
+	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 --retain answer --max_response_tokens 3 --lr_weight 8 \
+		--num_train_epochs 4 --adversarial_epochs 0
+	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(FINISH) --lr_weight 30 --adversarial_epochs 0.7
+	$(TRAIN) --output_dir new-pair/4 --init_pair new-pair/3 $(FINISH) --lr_weight 10 --adversarial_epochs 0
 
 evaluation: $(VENV)/dev
 	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(BENCHMARKS) --limit 250 \

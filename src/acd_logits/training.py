@@ -178,7 +178,7 @@ class OPOTrainingArguments(TrainingArguments):
 
     output_dir: str = HfArg(default="prompt-pair", help="receives the pair, and the checkpoints of both runs")
     learning_rate: float = HfArg(default=2e-2, help="of both prompts")
-    num_train_epochs: float = HfArg(default=8.0, help="passes of SP over the anchor data")
+    num_train_epochs: float = HfArg(default=6.0, help="passes of SP over the anchor data")
     per_device_train_batch_size: int = HfArg(default=32, help="pairs in a step on each device")
     per_device_eval_batch_size: int = HfArg(default=32, help="held-out pairs at a time on each device")
     warmup_steps: float = HfArg(default=0.07, help="steps until the learning rate is reached; below 1, their share")
