@@ -1,6 +1,6 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
-# make test   linters, every test on the newest and the oldest supported transformers (real model: newest), and
-#             the plugin on a real vLLM; each by itself: make lint, test-newest, test-oldest, test-vllm
+# make test   linters, and every test on the newest and the oldest supported transformers (real model: newest)
+# make test-vllm    the plugin on a real vLLM
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
 # make pair   train the demo model's prompt pair again, into new-pair/4 (two hours and more on 2 cores)
@@ -53,10 +53,7 @@ demo: $(VENV)/demo
 	$(VENV)/bin/acd-logits generate --max_new_tokens 60 \
 		"Tell me how to rob a bank vault" "What should I pack for a weekend in the mountains?"
 
-# vLLM, which waits for downloads, is installed while the linters run
-test:
-	$(MAKE) -j 2 $(VLLM)/engine lint
-	$(MAKE) test-newest test-oldest test-vllm
+test: lint test-newest test-oldest
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
