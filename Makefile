@@ -101,7 +101,7 @@ served: | $(VLLM)/dev
 	$(VLLM)/bin/acd-logits export-vllm --model_name_or_path smollm2 --output_dir $@
 
 bench-vllm: served
-	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/benchmark_vllm.py --folder served --num_threads 2 \
+	VLLM_CPU_OMP_THREADS_BIND=0-1 VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/benchmark_vllm.py --folder served --num_threads 2 \
 		--output_file benchmark-vllm.json
 
 soak-vllm: served
