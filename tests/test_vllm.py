@@ -142,13 +142,6 @@ def engine(folder, **kwargs):
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def llama(tiny):
-    """An engine that many tests share. Prompts in one piece: on CPUs vLLM fails where a seed meets chunked prefill."""
-    with engine(tiny().folder) as llm:
-        yield llm
-
-
 def greedy(count=9, **kwargs):
     from vllm import SamplingParams
 
@@ -248,43 +241,64 @@ def test_tensor_parallel(tiny, monkeypatch):
         assert_matches(llm, model, prompts())
 
 
-def test_logprobs_are_those_of_the_contrast(tiny, llama):
-    model, ids = tiny(), prompts(1)[0]
-    reference = ReferenceProcessor(model.model, model.pair, ALPHA)
-    safe, adversarial = (
-        reference.stream(soft, 0, torch.tensor(ids)) for soft in (model.pair.safeguarding, model.pair.adversarial)
-    )
-    expected = contrast(safe, adversarial, ALPHA, BETA).log_softmax(-1)[0]
-    output = llama.generate(model.prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
-    for token, logprob in output.logprobs[0].items():
-        if expected[token].isfinite():
-            assert logprob.logprob == pytest.approx(float(expected[token]), abs=1e-3)
-        else:
-            assert logprob.logprob < -1000
+class TestOneEngine:
+    """Tests that share an engine. No other may start and stop meanwhile: in one process, they share globals."""
 
+    @pytest.fixture(scope="class")
+    def llama(self, tiny):
+        """Prompts in one piece: on CPUs vLLM fails where a seed meets chunked prefill."""
+        with engine(tiny().folder) as llm:
+            yield llm
 
-def test_sampling_is_repeatable_and_stops(tiny, llama):
-    from vllm import SamplingParams
+    def test_logprobs_are_those_of_the_contrast(self, tiny, llama):
+        model, ids = tiny(), prompts(1)[0]
+        reference = ReferenceProcessor(model.model, model.pair, ALPHA)
+        safe, adversarial = (
+            reference.stream(soft, 0, torch.tensor(ids)) for soft in (model.pair.safeguarding, model.pair.adversarial)
+        )
+        expected = contrast(safe, adversarial, ALPHA, BETA).log_softmax(-1)[0]
+        output = llama.generate(model.prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
+        for token, logprob in output.logprobs[0].items():
+            if expected[token].isfinite():
+                assert logprob.logprob == pytest.approx(float(expected[token]), abs=1e-3)
+            else:
+                assert logprob.logprob < -1000
 
-    model, ids = tiny(), prompts(1)[0]
-    first = model.expected(ids, 12)
-    settings = SamplingParams(temperature=1, n=4, seed=3, max_tokens=8, ignore_eos=True)
-    runs = [llama.generate(model.prompt(ids), settings, use_tqdm=False)[0] for _ in range(2)]
-    stopped = llama.generate(model.prompt(ids), greedy(12, stop_token_ids=[first[3]]), use_tqdm=False)[0]
-    penalised = llama.generate(model.prompt(ids), greedy(12, repetition_penalty=3.0), use_tqdm=False)[0]
-    assert [list(o.token_ids) for o in runs[0].outputs] == [list(o.token_ids) for o in runs[1].outputs]
-    assert len({tuple(o.token_ids) for o in runs[0].outputs}) > 1
-    assert list(stopped.outputs[0].token_ids) == first[: first.index(first[3]) + 1]
-    assert list(penalised.outputs[0].token_ids) != first
+    def test_sampling_is_repeatable_and_stops(self, tiny, llama):
+        from vllm import SamplingParams
 
+        model, ids = tiny(), prompts(1)[0]
+        first = model.expected(ids, 12)
+        settings = SamplingParams(temperature=1, n=4, seed=3, max_tokens=8, ignore_eos=True)
+        runs = [llama.generate(model.prompt(ids), settings, use_tqdm=False)[0] for _ in range(2)]
+        stopped = llama.generate(model.prompt(ids), greedy(12, stop_token_ids=[first[3]]), use_tqdm=False)[0]
+        penalised = llama.generate(model.prompt(ids), greedy(12, repetition_penalty=3.0), use_tqdm=False)[0]
+        assert [list(o.token_ids) for o in runs[0].outputs] == [list(o.token_ids) for o in runs[1].outputs]
+        assert len({tuple(o.token_ids) for o in runs[0].outputs}) > 1
+        assert list(stopped.outputs[0].token_ids) == first[: first.index(first[3]) + 1]
+        assert list(penalised.outputs[0].token_ids) != first
 
-def test_where_only_implausible_tokens_are_allowed_the_safe_stream_decides(tiny, llama):
-    model, ids = tiny(), prompts(1)[0]
-    reference = ReferenceProcessor(model.model, model.pair, ALPHA)
-    safe = reference.stream(model.pair.safeguarding, 0, torch.tensor(ids))[0]
-    allowed = safe.argsort()[:10].tolist()
-    output = llama.generate(model.prompt(ids), greedy(1, allowed_token_ids=allowed), use_tqdm=False)[0]
-    assert list(output.outputs[0].token_ids) == [max(allowed, key=lambda token: float(safe[token]))]
+    def test_where_only_implausible_tokens_are_allowed_the_safe_stream_decides(self, tiny, llama):
+        model, ids = tiny(), prompts(1)[0]
+        reference = ReferenceProcessor(model.model, model.pair, ALPHA)
+        safe = reference.stream(model.pair.safeguarding, 0, torch.tensor(ids))[0]
+        allowed = safe.argsort()[:10].tolist()
+        output = llama.generate(model.prompt(ids), greedy(1, allowed_token_ids=allowed), use_tqdm=False)[0]
+        assert list(output.outputs[0].token_ids) == [max(allowed, key=lambda token: float(safe[token]))]
+
+    def test_requests_without_placeholders_are_refused_and_the_engine_goes_on(self, tiny, llama):
+        from vllm.exceptions import VLLMValidationError
+
+        model, ids = tiny(), prompts(1)[0]
+        wrong = [ids, [model.placeholder] * (N - 1) + ids, [model.placeholder] * (N + 1) + ids]
+        for prompt in wrong:
+            with pytest.raises(VLLMValidationError, match="ACD refuses"):
+                llama.generate({"prompt_token_ids": prompt}, greedy(), use_tqdm=False)
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+            llama.generate(model.prompt(ids), greedy(prompt_logprobs=1), use_tqdm=False)
+        with pytest.raises(VLLMValidationError, match="--logits-processors"):
+            llama.generate(model.prompt(ids), greedy(extra_args={"acd_alpha": 0.1}), use_tqdm=False)
+        assert_matches(llama, model, [ids])
 
 
 def test_ordinary_models_are_served_as_before(tiny):
@@ -317,21 +331,6 @@ def test_alpha_per_request(tiny):
 
 
 # ----- refusals -----
-
-
-def test_requests_without_placeholders_are_refused_and_the_engine_goes_on(tiny, llama):
-    from vllm.exceptions import VLLMValidationError
-
-    model, ids = tiny(), prompts(1)[0]
-    wrong = [ids, [model.placeholder] * (N - 1) + ids, [model.placeholder] * (N + 1) + ids]
-    for prompt in wrong:
-        with pytest.raises(VLLMValidationError, match="ACD refuses"):
-            llama.generate({"prompt_token_ids": prompt}, greedy(), use_tqdm=False)
-    with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
-        llama.generate(model.prompt(ids), greedy(prompt_logprobs=1), use_tqdm=False)
-    with pytest.raises(VLLMValidationError, match="--logits-processors"):
-        llama.generate(model.prompt(ids), greedy(extra_args={"acd_alpha": 0.1}), use_tqdm=False)
-    assert_matches(llama, model, [ids])
 
 
 def test_the_engine_itself_refuses_what_comes_past_the_api(tiny, monkeypatch):
@@ -447,11 +446,11 @@ CHAT = "/v1/chat/completions"
 
 
 class Demo:
-    """The demo model with its pair, on transformers and on a server."""
+    """The demo model on transformers and on a server, with its pair or plain."""
 
-    def __init__(self, url):
+    def __init__(self, url, pair):
         self.url, (self.model, self.tokenizer) = url, load_demo_model()
-        self.acd = ACDLogitsProcessor(self.model, PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)))
+        self.processors = [ACDLogitsProcessor(self.model, pair)] if pair else []
 
     def ask(self, question, **body):
         """The server's answer."""
@@ -470,22 +469,28 @@ class Demo:
             "return_dict_in_generate": True,
             "output_scores": True,
         }
-        out = self.model.generate(**inputs, **settings, logits_processor=[self.acd])
+        out = self.model.generate(**inputs, **settings, logits_processor=self.processors)
         return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(out.scores)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "acd"
-    export(demo_model_path(), folder, PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)))
+# What is asked of ACD's server is asked of a plain one too: both behave alike, each against its own reference
+@pytest.fixture(scope="module", params=["acd", pytest.param("plain", marks=pytest.mark.long)])
+def demo(request, tmp_path_factory):
+    folder, pair = demo_model_path(), None
+    if request.param == "acd":
+        folder, pair = (
+            tmp_path_factory.mktemp("demo") / "acd",
+            PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)),
+        )
+        export(demo_model_path(), folder, pair)
     with server(folder, "--max-model-len", "1024") as url:
-        yield Demo(url)
+        yield Demo(url, pair)
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(("count", "length"), [(4, 32), pytest.param(32, 64, marks=pytest.mark.long)])
 def test_the_demo_model_over_http(demo, count, length):
-    """Token for token what `ACDLogitsProcessor` says with its pair."""
+    """Token for token what transformers says, with `ACDLogitsProcessor` where the server has the pair."""
     questions = [" ".join(QUESTIONS[i % 4 : i % 4 + 1] + ["Be precise."] * (i // 4)) for i in range(count)]
 
     def ask(number):
