@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .refusal import is_refusal
 
@@ -182,7 +182,8 @@ class LLMJudge:
             self.model = get_model(model, base_url=base_url, config=config, memoize=False)
         except Exception as error:  # each provider has errors of its own, for a missing key or client
             raise ValueError(f"the judge {model} cannot be used: {_first_line(error)}") from None
-        self.judge(["What is the capital of France?"], ["Paris."])  # before hours of work, see that it answers
+        # Before hours of work, see that it answers; a server that is down now is not waited for
+        self._verdicts(["What is the capital of France?"], ["Paris."], max_retries=0)
 
     def judge(self, requests: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """The verdicts on responses, given their requests.
@@ -190,9 +191,12 @@ class LLMJudge:
         Raises:
             OSError: the model does not answer.
         """
+        return self._verdicts(requests, responses)
+
+    def _verdicts(self, requests: Sequence[str], responses: Sequence[str], **config: Any) -> list[Verdict]:
         prompts = [judge_prompt(*pair) for pair in zip(requests, responses, strict=True)]
         try:
-            replies = self.runner.run(self._ask(prompts))
+            replies = self.runner.run(self._ask(prompts, config))
         except Exception as error:  # each provider has errors of its own
             raise OSError(
                 f"the judge {self.name.removeprefix('llm:')} does not answer ({_first_line(error)}): see that its "
@@ -200,9 +204,11 @@ class LLMJudge:
             ) from None
         return [parse_verdict(reply) for reply in replies]
 
-    async def _ask(self, prompts: list[str]) -> list[str]:
+    async def _ask(self, prompts: list[str], config: dict[str, Any]) -> list[str]:
+        from inspect_ai.model import GenerateConfig
+
         async def ask(prompt: str) -> str:
-            return (await self.model.generate(prompt)).completion
+            return (await self.model.generate(prompt, config=GenerateConfig(**config))).completion
 
         return await asyncio.gather(*map(ask, prompts))
 
