@@ -115,6 +115,11 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
     assert report.read_bytes() == before
     assert "The settings are the same." in (tmp_path / "results" / "comparison.md").read_text()
 
+    shown = evaluate("--report_only", "--publish", str(tmp_path / "copy"))
+    assert shown.out.splitlines() == [str(report), str(tmp_path / "copy" / "report.md")]
+    assert (tmp_path / "copy" / "report.md").read_bytes() == before
+    assert "response" not in json.loads((tmp_path / "copy" / "results.jsonl").read_text().splitlines()[0])
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

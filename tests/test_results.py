@@ -5,7 +5,7 @@ import json
 import pytest
 
 from acd_logits.evaluation.benchmarks import Benchmark, Request
-from acd_logits.evaluation.results import Cell, ResultsFolder
+from acd_logits.evaluation.results import Cell, ResultsFolder, request_id
 
 SETTINGS = {"model": "tiny", "judge": "keywords"}
 TWO = Benchmark("two", "Two", (Request("a", "harmful"), Request("b\u2028b", "safe")))
@@ -33,7 +33,14 @@ def test_cells_come_back_in_their_order(results, folder):
     again = ResultsFolder(folder, SETTINGS)
     assert again.rows == results.rows
     assert [again.is_finished(cell) for cell in cells] == [True, True, False]
-    assert again.rows[3] == {"benchmark": "two", "arm": "acd", "alpha": 0.5, "beta": 0.1, **ROWS[1]}
+    assert again.rows[3] == {
+        "benchmark": "two",
+        "arm": "acd",
+        "alpha": 0.5,
+        "beta": 0.1,
+        "id": request_id(ROWS[1]["request"]),
+        **ROWS[1],
+    }
 
 
 @pytest.mark.parametrize("kept", [0, 5, -1, -20])
@@ -88,7 +95,7 @@ def test_folders_of_something_else(results, folder, tmp_path):
     (folder / "results.jsonl").write_text("{\n\n")
     with pytest.raises(ValueError, match=r"results\.jsonl is damaged"):
         ResultsFolder(folder)
-    (folder / "run.json").write_text('{"format_version": 2}')
+    (folder / "run.json").write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match=r"run\.json was not written by this version"):
         ResultsFolder(folder)
     (folder / "run.json").write_text("{")

@@ -362,6 +362,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report_only", action="store_true", help="make the report of a folder again")
     parser.add_argument("--compare", type=Path, metavar="FOLDER", help="older results: show what changed since then")
     parser.add_argument(
+        "--publish", type=Path, metavar="FOLDER", help="a copy to share: report and verdicts, no request or response"
+    )
+    parser.add_argument(
         "--draw_labels",
         type=positive_int,
         metavar="N",
@@ -429,6 +432,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     """Run the cells that the folder lacks, and write its report; with --compare, also what changed."""
     from .evaluation import labels, plots, report
+    from .evaluation.publish import publish
     from .evaluation.results import ResultsFolder
     from .files import write_text
 
@@ -443,6 +447,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         _show(f"{report.write_report(results)}\n")
         if args.draw_labels:
             _show(f"{labels.draw(results, args.draw_labels, args.seed)}\n")
+        if args.publish:
+            _show(f"{report.write_report(publish(results, args.publish))}\n")
         if older is not None:
             write_text(results.path / report.COMPARISON_NAME, report.render_comparison(results, older))
             _show(f"{results.path / report.COMPARISON_NAME}\n")

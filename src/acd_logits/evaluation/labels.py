@@ -19,6 +19,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_jsonl
+from .results import TEXTS
 from .statistics import cohen_kappa
 
 if TYPE_CHECKING:
@@ -44,16 +45,18 @@ def draw(results: ResultsFolder, n: int, seed: int) -> Path:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: there is one already, or there are fewer responses.
+        ValueError: there is one already, there are fewer responses, or their texts are not there.
     """
     path = results.path / LABELS_NAME
     if path.exists():
         raise ValueError(f"{path} is there already: fill it in, or remove it to draw anew")
     if n > len(results.rows):
         raise ValueError(f"{results.path} holds {len(results.rows)} responses, {n} cannot be drawn")
+    if any("response" not in row for row in results.rows):
+        raise ValueError(f"{results.path} holds responses without their texts: draw from the folder of the run itself")
     lines = random.Random(seed).sample(range(len(results.rows)), n)
     drawn = [
-        {"line": line, **{key: results.rows[line][key] for key in ("request", "response")}, **dict.fromkeys(QUESTIONS)}
+        {"line": line, **{text: results.rows[line][text] for text in TEXTS}, **dict.fromkeys(QUESTIONS)}
         for line in lines
     ]
     write_jsonl(path, drawn)
@@ -81,7 +84,7 @@ def agreement(results: ResultsFolder) -> dict[str, Any] | None:
     pairs: dict[str, list[tuple[bool, bool]]] = {question: [] for question in QUESTIONS}
     for label in drawn:
         row = results.rows[label["line"]] if label["line"] < len(results.rows) else {}
-        if (row.get("request"), row.get("response")) != (label["request"], label["response"]):
+        if any(row.get(text) != label.get(text) for text in TEXTS):
             raise ValueError(f"{path} was drawn from other results: remove it to draw anew")
         verdicts = {"refusal": row["refused"]}
         if row["verdict"] in ("harmless", "harmful"):

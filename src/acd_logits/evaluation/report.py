@@ -130,8 +130,8 @@ def paired(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], ou
     Returns:
         `n` requests with both outcomes known, and on how many `only_first` and `only_second` had it.
     """
-    others = {row["request"]: _outcome(row, outcome) for row in second}
-    pairs = [(_outcome(row, outcome), others.get(row["request"])) for row in first]
+    others = {row["id"]: _outcome(row, outcome) for row in second}
+    pairs = [(_outcome(row, outcome), others.get(row["id"])) for row in first]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     return {
         "n": len(known),
@@ -497,13 +497,14 @@ def render_comparison(new: ResultsFolder, old: ResultsFolder) -> str:
 
 
 def _flips(name: str, new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]], outcome: str) -> list[str]:
-    before = {row["request"]: _outcome(row, outcome) for row in old}
+    before = {row["id"]: _outcome(row, outcome) for row in old}
     lines = []
     for row in new:
-        now, then = _outcome(row, outcome), before.get(row["request"])
+        now, then = _outcome(row, outcome), before.get(row["id"])
         if now is not None and then is not None and now != then:
             change = f"now {outcome}" if now else f"no longer {outcome}"
-            lines.append(f"- {name}, {change}: {' '.join(row['request'].split())}")
+            request = row.get("request", f"request {row['id']}")
+            lines.append(f"- {name}, {change}: {' '.join(request.split())}")
     return lines
 
 

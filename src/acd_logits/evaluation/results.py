@@ -1,7 +1,8 @@
 """A results folder: what a comparison has measured so far, and the settings it was measured with.
 
     run.json         settings, benchmarks, and when and with which command and versions the folder was filled
-    results.jsonl    one line per response: where it comes from, its text and what was measured on it
+    results.jsonl    one line per response: where it comes from, its text and what was measured on it; a published
+                     copy (`publish.py`) has no texts
     summary.json, report.md, *.png    made from these two, see `report.py`
 
 A cell is one arm, at one strength, on one benchmark. Its lines are written together when it is finished; lines of a
@@ -10,6 +11,7 @@ cell that is incomplete, because the run was killed in the middle of writing it,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
     from .benchmarks import Benchmark
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RUN_NAME, ROWS_NAME = "run.json", "results.jsonl"
+TEXTS = ("request", "response")  # what a published copy leaves out
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,17 @@ class ResultsFolder:
 
     def add(self, cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows of a finished cell."""
-        complete = [{**cell.__dict__, **row} for row in rows]
+        complete = [{**cell.__dict__, "id": request_id(row["request"]), **row} for row in rows]
         with (self.path / ROWS_NAME).open("a", encoding="utf-8") as file:
             file.write("".join(map(json_line, complete)))
             file.flush()
             os.fsync(file.fileno())
         self.rows.extend(complete)
+
+
+def request_id(text: str) -> str:
+    """What names a request where its text must not stand: the first 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
