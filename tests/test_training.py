@@ -488,6 +488,19 @@ def test_what_mirrors_each_other_comes_together():
     assert together == 8
 
 
+def test_an_apology_is_in_every_epoch():
+    examples = uneven_examples()
+    apologies = {k for k, e in enumerate(examples) if e["mirror"] in ("e4", "e17", "e29")}
+    sampler = BalancedSampler([e | {"apology": k in apologies} for k, e in enumerate(examples)], batch_size=8, seed=0)
+    everyday = []
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        chosen = {k for k in sampler if examples[k]["kind"] == "everyday"}
+        assert apologies < chosen and len(chosen) == 10
+        everyday.append(chosen)
+    assert len(set.union(*everyday)) == 30
+
+
 def test_every_epoch_has_its_own_order_and_choice():
     sampler = BalancedSampler(uneven_examples(), batch_size=8, seed=0)
     first = list(sampler)
@@ -684,7 +697,7 @@ def test_answers_that_begin_as_refusals_do_are_not_followed(tokenizer):
     openings = training.refusal_openings(examples)
     assert openings == [50]
     kept = training.leave_out_apologies(examples, openings)
-    assert kept == [refusal, {**safe, "response": [50]}, *examples[3:]]
+    assert kept == [refusal, {**safe, "response": [50], "apology": True}, *examples[3:]]
     assert safe["response"] == [50, 70, 71]
 
 

@@ -142,6 +142,13 @@ def engine(folder, **kwargs):
         gc.collect()
 
 
+@pytest.fixture(scope="class")
+def llama(tiny):
+    """An engine for a class of tests. Prompts in one piece: on CPUs vLLM fails where a seed meets chunked prefill."""
+    with engine(tiny().folder) as llm:
+        yield llm
+
+
 def greedy(count=9, **kwargs):
     from vllm import SamplingParams
 
@@ -243,12 +250,6 @@ def test_tensor_parallel(tiny, monkeypatch):
 
 class TestOneEngine:
     """Tests that share an engine. No other may start and stop meanwhile: in one process, they share globals."""
-
-    @pytest.fixture(scope="class")
-    def llama(self, tiny):
-        """Prompts in one piece: on CPUs vLLM fails where a seed meets chunked prefill."""
-        with engine(tiny().folder) as llm:
-            yield llm
 
     def test_logprobs_are_those_of_the_contrast(self, tiny, llama):
         model, ids = tiny(), prompts(1)[0]

@@ -274,14 +274,15 @@ def refusal_openings(examples: Iterable[Example]) -> list[int]:
 def leave_out_apologies(examples: Iterable[Example], openings: Sequence[int]) -> list[Example]:
     """Examples without the answers that begin as refusals do: where a model apologises, there is nothing to follow.
 
-    Those of D_HA are left out. Those of D_S keep their first token, at which the model may still say something else.
+    Those of D_HA are left out. Those of D_S keep their first token, at which the model may still say something else,
+    and are marked as `apology`.
     """
     kept = []
     for example in examples:
         if SPLITS[example["split"]] == "D_HR" or example["response"][0] not in openings:
             kept.append(example)
         elif SPLITS[example["split"]] == "D_S":
-            kept.append(example | {"response": example["response"][:1]})
+            kept.append(example | {"response": example["response"][:1], "apology": True})
     return kept
 
 
@@ -550,7 +551,7 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
 
     Instructions that mirror each other come together, so that what sets them apart is what a step learns; the topic
     and the form they share cancel out. Batches are of like length. An epoch takes as many pairs from each group as the
-    smallest one has, chosen anew in every epoch.
+    smallest one has, chosen anew in every epoch; but an apology, which has most to learn, before any other pair.
 
     Args:
         examples: as of [`encode_anchors`].
@@ -576,6 +577,8 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         chance = random.Random(f"{self.seed} {self.epoch}")
         smallest, *others = (chance.sample(group, len(group)) for group in self.groups)
+        for group in others:
+            group.sort(key=lambda i: not self.examples[i].get("apology"))
         smallest.sort(key=self._length)
         rows = list(zip(smallest, *(self._beside(smallest, group) for group in others), strict=True))
         # Off by a little, so that an instruction does not meet the same ones in every epoch
