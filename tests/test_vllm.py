@@ -474,23 +474,26 @@ class Demo:
         return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(out.scores)
 
 
-# What is asked of ACD's server is asked of a plain one too: both behave alike, each against its own reference
-@pytest.fixture(scope="module", params=["acd", pytest.param("plain", marks=pytest.mark.long)])
-def demo(request, tmp_path_factory):
-    folder, pair = demo_model_path(), None
-    if request.param == "acd":
-        folder, pair = (
-            tmp_path_factory.mktemp("demo") / "acd",
-            PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)),
-        )
+@contextlib.contextmanager
+def demo_server(folder, *arguments):
+    """The demo model with its pair on a server; exported to `folder`, or plain without one."""
+    pair = None
+    if folder:
+        pair = PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR))
         export(demo_model_path(), folder, pair)
-    with server(folder, "--max-model-len", "1024") as url:
+    with server(folder or demo_model_path(), *arguments) as url:
         yield Demo(url, pair)
 
 
-@pytest.mark.real_model
-@pytest.mark.parametrize(("count", "length"), [(4, 32), pytest.param(32, 64, marks=pytest.mark.long)])
-def test_the_demo_model_over_http(demo, count, length):
+# What is asked of ACD's server is asked of a plain one too: both behave alike, each against its own reference
+@pytest.fixture(scope="module", params=["acd", pytest.param("plain", marks=pytest.mark.long)])
+def demo(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "acd" if request.param == "acd" else None
+    with demo_server(folder, "--max-model-len", "1024") as demo:
+        yield demo
+
+
+def assert_staggered_answers(demo, count, length):
     """Token for token what transformers says, with `ACDLogitsProcessor` where the server has the pair."""
     questions = [" ".join(QUESTIONS[i % 4 : i % 4 + 1] + ["Be precise."] * (i // 4)) for i in range(count)]
 
@@ -502,6 +505,25 @@ def test_the_demo_model_over_http(demo, count, length):
         answers = list(pool.map(ask, range(count)))
     for question, answer in zip(questions, answers, strict=True):
         assert answer == demo.expected(question, length)[0]
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("count", "length"), [(4, 32), pytest.param(32, 64, marks=pytest.mark.long)])
+def test_the_demo_model_over_http(demo, count, length):
+    assert_staggered_answers(demo, count, length)
+
+
+@pytest.mark.real_model
+@pytest.mark.long
+def test_the_demo_model_in_a_tight_place(tmp_path):
+    """Prompts in chunks of 64 tokens, prefixes from the cache, and so few blocks that requests are preempted."""
+    limits = {"max-model-len": 512, "max-num-batched-tokens": 64, "block-size": 32, "num-gpu-blocks-override": 40}
+    arguments = [str(part) for name, value in limits.items() for part in (f"--{name}", value)]
+    with demo_server(tmp_path / "acd", *arguments, "--max-num-seqs", "16") as demo:
+        assert_staggered_answers(demo, 32, 64)
+        metrics = urllib.request.urlopen(f"{demo.url}/metrics", timeout=60).read().decode()
+    for name in ("num_preemptions", "prefix_cache_hits"):
+        assert float(re.search(rf"^vllm:{name}_total{{.*}} (\S+)$", metrics, re.MULTILINE)[1]) > 0
 
 
 @pytest.mark.real_model
