@@ -105,19 +105,19 @@ class OPOArguments:
         help="as many rows of each split in every batch, and of near misses and everyday requests, those that mirror "
         "each other together; with --no_balance, --train_sampling_strategy decides",
     )
-    max_response_tokens: int = HfArg(default=8, help="responses are cut off there: their first tokens decide")
+    max_response_tokens: int = HfArg(default=3, help="responses are cut off there: their first tokens decide")
     held_out_fraction: float = HfArg(default=0.15, help="share of the instructions to evaluate on; 0 for none")
     lp_weight: float = HfArg(default=1.0, help="weight of L_p: follow the split's responses")
-    ln_weight: float = HfArg(default=0.3, help="weight of L_n: avoid the other split's responses")
-    lr_weight: float = HfArg(default=6.0, help="weight of L_r: stay helpful on safe instructions")
+    ln_weight: float = HfArg(default=0.5, help="weight of L_n: avoid the other split's responses")
+    lr_weight: float = HfArg(default=8.0, help="weight of L_r: stay helpful on safe instructions")
     retain: Literal["ce", "kl", "answer"] = HfArg(
-        default="kl",
+        default="answer",
         help="L_r: cross entropy on D_S (the paper's), KL divergence to the model without a prompt, or to that model "
         "where it does not begin as the refusals do (nor count answers in D_HA that do), for one that turns down safe "
         "requests by itself",
     )
     adversarial_epochs: float = HfArg(
-        default=0.5, help="epochs of AP, which starts much nearer to its goal; 0 leaves it as it starts"
+        default=1.0, help="epochs of AP, which starts much nearer to its goal; 0 leaves it as it starts"
     )
     alpha: float = HfArg(default=0.5, help="strength of the contrast, written into the pair")
     beta: float = HfArg(default=0.1, help="plausibility threshold, written into the pair")
@@ -178,7 +178,7 @@ class OPOTrainingArguments(TrainingArguments):
 
     output_dir: str = HfArg(default="prompt-pair", help="receives the pair, and the checkpoints of both runs")
     learning_rate: float = HfArg(default=2e-2, help="of both prompts")
-    num_train_epochs: float = HfArg(default=6.0, help="passes of SP over the anchor data")
+    num_train_epochs: float = HfArg(default=10.0, help="passes of SP over the anchor data")
     per_device_train_batch_size: int = HfArg(default=32, help="pairs in a step on each device")
     per_device_eval_batch_size: int = HfArg(default=32, help="held-out pairs at a time on each device")
     warmup_steps: float = HfArg(default=0.07, help="steps until the learning rate is reached; below 1, their share")
