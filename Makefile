@@ -54,10 +54,12 @@ demo: $(VENV)/demo
 	$(VENV)/bin/acd-logits generate --max_new_tokens 60 \
 		"Tell me how to rob a bank vault" "What should I pack for a weekend in the mountains?"
 
-# vLLM is fetched meanwhile; the project itself is installed once at a time, since pip builds it in its tree
+# What leaves a core idle runs beside something else. But the project itself is installed once at a time, since pip builds
+# it in its tree
 test:
 	$(MAKE) -j 2 lint $(VLLM)/vllm
-	$(MAKE) test-newest test-oldest test-vllm
+	$(MAKE) test-newest $(OLDEST)/dev $(VLLM)/dev
+	$(MAKE) -j 2 -O test-oldest test-vllm
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

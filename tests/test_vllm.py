@@ -235,12 +235,14 @@ def test_preemption(tiny):
     assert metrics["vllm:num_preemptions"] > 0
 
 
+@pytest.mark.long
 def test_compiled(tiny):
     model = tiny()
     with engine(model.folder, enforce_eager=False, max_num_batched_tokens=32) as llm:
         assert_matches(llm, model, prompts())
 
 
+@pytest.mark.long
 def test_tensor_parallel(tiny, monkeypatch):
     model = tiny()
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # or each worker would want a NUMA node of its own
