@@ -50,9 +50,13 @@ def test_a_run_goes_on_from_it(results, tmp_path):
 
 
 def test_a_newer_copy_replaces_the_older(results, tmp_path):
-    publish(results, tmp_path / "copy")
+    labels = draw(results, 3, seed=0)
+    assert (publish(results, tmp_path / "copy").path / "labels.jsonl").exists()
+    labels.unlink()
     results.add(Cell("advbench", "base"), build_rows(HARMFUL, 5))
-    assert len(publish(results, tmp_path / "copy").rows) == len(results.rows)
+    copy = publish(results, tmp_path / "copy")
+    assert len(copy.rows) == len(results.rows)
+    assert agreement(copy) is None
 
 
 def test_what_must_not_be_replaced(results, tmp_path):

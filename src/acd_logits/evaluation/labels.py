@@ -63,6 +63,14 @@ def draw(results: ResultsFolder, n: int, seed: int) -> Path:
     return path
 
 
+def read_labels(results: ResultsFolder) -> list[dict[str, Any]] | None:
+    """The drawn responses with their labels; `None` if none were drawn."""
+    path = results.path / LABELS_NAME
+    if not path.exists():
+        return None
+    return [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+
+
 def agreement(results: ResultsFolder) -> dict[str, Any] | None:
     """How far the verdicts agree with the labels.
 
@@ -78,9 +86,9 @@ def agreement(results: ResultsFolder) -> dict[str, Any] | None:
         ValueError: a label is neither true, false nor null, or a response is not the one in results.jsonl.
     """
     path = results.path / LABELS_NAME
-    if not path.exists():
+    drawn = read_labels(results)
+    if drawn is None:
         return None
-    drawn = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
     pairs: dict[str, list[tuple[bool, bool]]] = {question: [] for question in QUESTIONS}
     for label in drawn:
         row = results.rows[label["line"]] if label["line"] < len(results.rows) else {}

@@ -6,13 +6,12 @@ that the copy makes the same report, a later run can be compared with it, and a 
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING
 
-from ..files import write_jsonl, write_text
-from .labels import LABELS_NAME
-from .results import ROWS_NAME, RUN_NAME, TEXTS, ResultsFolder
+from ..files import write_jsonl
+from .labels import LABELS_NAME, read_labels
+from .results import ROWS_NAME, TEXTS, ResultsFolder
 
 if TYPE_CHECKING:
     from typing import Any
@@ -35,13 +34,14 @@ def publish(results: ResultsFolder, path: str | os.PathLike[str]) -> ResultsFold
     if os.path.realpath(path) == os.path.realpath(results.path):
         raise ValueError(f"{path} is the folder of the run itself: choose another one for its copy")
     copy = ResultsFolder(path, results.run["settings"])
-    copy.path.mkdir(parents=True, exist_ok=True)
+    copy.run = results.run
+    copy.write_run()
     write_jsonl(copy.path / ROWS_NAME, map(_without_texts, results.rows))
-    labels = results.path / LABELS_NAME
-    if labels.exists():
-        lines = labels.read_bytes().splitlines()
-        write_jsonl(copy.path / LABELS_NAME, [_without_texts(json.loads(line)) for line in lines if line.strip()])
-    write_text(copy.path / RUN_NAME, json.dumps(results.run, indent=2, ensure_ascii=False) + "\n")
+    labels = read_labels(results)
+    if labels is None:
+        (copy.path / LABELS_NAME).unlink(missing_ok=True)  # of an older copy, and perhaps of other lines
+    else:
+        write_jsonl(copy.path / LABELS_NAME, map(_without_texts, labels))
     return ResultsFolder(path)
 
 

@@ -124,6 +124,10 @@ class ResultsFolder:
             facts: its date, command, versions.
         """
         self.run["runs"].append(facts)
+        self.write_run()
+
+    def write_run(self) -> None:
+        """Write run.json, and make the folder if there is none."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / RUN_NAME, json.dumps(self.run, indent=2, ensure_ascii=False) + "\n")
 
