@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    CompileConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,6 +39,7 @@ def run_both(model, pair, batch, reference=None, acd=None, seed=0, **kwargs):
         processor.beams = True
     # What ours lets act on the safe stream first, the reference runs itself
     handled = ("min_new_tokens", "bad_words_ids", "repetition_penalty", "prefill_chunk_size", "cache_implementation")
+    handled += ("compile_config",)
     theirs = {key: value for key, value in kwargs.items() if key not in (*handled, "assistant_model")}
     theirs.pop("prompt_lookup_num_tokens", None)
     set_seed(seed)
@@ -392,6 +394,90 @@ def test_compiled_forward(model, pair, how):
         model.compile(backend="eager")
     acd = ACDLogitsProcessor(caller, pair, ALPHA, BETA)
     assert_same(caller.generate(**batch, logits_processor=[acd], do_sample=False, **SCORES), expected)
+
+
+def counting_backend():
+    """A backend that compiles nothing, and how many graphs it was given."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend, graphs
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_compiled_forward_stays_compiled(share):
+    """However many tokens are made, nothing is compiled again."""
+    counts = []
+    for new_tokens in (6, 80):
+        torch._dynamo.reset()
+        model, (backend, graphs) = build_model(), counting_backend()
+        model.forward = torch.compile(model.forward, backend=backend)
+        acd = ACDLogitsProcessor(model, build_pair(share_instruction_kv=share))
+        model.generate(**build_batch(), logits_processor=[acd], do_sample=False, max_new_tokens=new_tokens)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] > 0
+
+
+class TestCompiledDecoding:
+    """Where generate() compiles by itself: a static cache, here on a CPU as it does on a GPU."""
+
+    @pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma3", "gpt2", "lfm2"])
+    @pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 4}, {"do_sample": True}])
+    def test_equals_the_reference(self, name, how):
+        compiled, graphs = self.config()
+        got, expected = run_both(
+            build_model(name),
+            build_pair(),
+            build_batch(),
+            cache_implementation="static",
+            compile_config=compiled,
+            **how,
+        )
+        assert_same(got, expected)
+        assert graphs
+
+    def test_horizon(self):
+        compiled, graphs = self.config()
+        got, expected = run_both(
+            build_model(),
+            build_pair(),
+            build_batch(),
+            reference={"horizon": 5},
+            acd={"horizon": 5},
+            cache_implementation="static",
+            compile_config=compiled,
+        )
+        assert_same(got, expected)
+        assert graphs
+
+    @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
+    def test_as_many_graphs_as_without_acd_at_any_length(self, name):
+        def count(new_tokens, processors):
+            model = build_model(name)
+            compiled, graphs = self.config()
+            acd = [ACDLogitsProcessor(model, build_pair())] if processors else []
+            model.generate(
+                **build_batch(),
+                logits_processor=acd,
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                cache_implementation="static",
+                compile_config=compiled,
+            )
+            return len(graphs)
+
+        assert count(4, True) == count(40, True) == count(40, False) > 0
+
+    @staticmethod
+    def config():
+        torch._dynamo.reset()
+        backend, graphs = counting_backend()
+        config = CompileConfig(backend=backend, mode="default")
+        config._compile_all_devices = True
+        return config, graphs
 
 
 def test_pipeline(model, pair, tokenizer):

@@ -11,19 +11,21 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .paired import CACHE_NAMES, PairedCache, PairedStreams, forward_hook, pre_forward_hook, roomier
+from .paired import CACHE_NAMES, PairedCache, PairedStreams, forward_hook, pair_call, pre_forward_hook, roomier
 from .prompt_pair import PromptPair, base_model
 from .shared import SharedStreams
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
     from torch.utils.hooks import RemovableHandle
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import CompileConfig, GenerationConfig
+    from transformers.utils import ModelOutput
 
 
 logger = logging.get_logger(__name__)
@@ -437,8 +439,36 @@ def _get_logits_processor(
     )
 
 
+@functools.wraps(GenerationMixin._valid_auto_compile_criteria)
+def _valid_auto_compile_criteria(
+    self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+) -> bool:
+    """Judge by the cache inside: what generate() compiles without ACD, it compiles with it."""
+    inner = {
+        name: cache.inner
+        for name, cache in model_kwargs.items()
+        # Without position ids (Bloom), distances come from a mask that grows
+        if isinstance(cache, PairedCache) and cache.streams.takes_positions
+    }
+    return type(self)._valid_auto_compile_criteria(self, model_kwargs | inner, generation_config)
+
+
+@functools.wraps(PreTrainedModel.get_compiled_call)
+def get_compiled_call(self: PreTrainedModel, compile_config: CompileConfig | None) -> Callable[..., ModelOutput]:
+    """Pair the call outside of what is compiled: this is a call of 2B rows over the inner cache, of static shapes."""
+    compiled = type(self).get_compiled_call(self, compile_config)
+
+    def call(**kwargs: Any) -> ModelOutput:
+        paired = pair_call(self, kwargs)
+        return compiled(**kwargs) if paired is None else paired.cache.split(compiled(**paired.static(self)), paired)
+
+    return call
+
+
 _OVERRIDES = {
     "generate": generate,
     "generate_batch": generate_batch,
     "_get_logits_processor": _get_logits_processor,
+    "_valid_auto_compile_criteria": _valid_auto_compile_criteria,
+    "get_compiled_call": get_compiled_call,
 }

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.masking_utils import create_masks_for_generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,7 +123,7 @@ class PairedCache(Cache):
         inner: the empty cache to fill, or `None` for `use_cache=False`, where every forward starts from nothing.
     """
 
-    is_compileable = False  # generate would compile the call around the hooks
+    is_compileable = False  # generate would make masks of B rows; what it compiles is the call inside
 
     def __init__(self, streams: PairedStreams, inner: Cache | None) -> None:
         self.streams = streams
@@ -459,6 +460,8 @@ class _GrowingLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValues:
         """Append `[rows, heads, tokens, head_dim]` keys and values; return all."""
+        if torch.compiler.is_compiling():  # which would compile again for every new buffer
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -496,6 +499,19 @@ class PairedCall(dict[str, Any]):
         super().__init__(call)
         self.cache, self.name, self.new = cache, name, new
 
+    def static(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The same call with the mask over all slots of a static cache, whose shape stays the same at every token."""
+        x = self["input_ids"] if self.get("input_ids") is not None else self["inputs_embeds"]
+        make_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        mask = make_masks(
+            config=model.config,
+            inputs_embeds=torch.empty(*x.shape[:2], 0, dtype=model.dtype, device=x.device),
+            attention_mask=self["attention_mask"],
+            past_key_values=self[self.name],
+            position_ids=self.get("position_ids"),
+        )
+        return dict(self) | {"attention_mask": mask}
+
 
 def pre_forward_hook(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -504,12 +520,18 @@ def pre_forward_hook(
     if args and any(isinstance(value, PairedCache) for value in (*args, *kwargs.values())):
         names = list(inspect.signature(model.forward).parameters)
         kwargs = dict(zip(names, args, strict=False)) | kwargs
+    paired = pair_call(model, kwargs)
+    return None if paired is None else ((), paired)
+
+
+def pair_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> PairedCall | None:
+    """The call of 2B rows for one that carries a `PairedCache`; `None` for any other."""
     for name in CACHE_NAMES:
         cache = kwargs.get(name)
         if isinstance(cache, PairedCache):
             if cache.streams.model is not model:
                 raise ValueError("this cache was filled under ACD by another model.")
-            return (), cache.pair(kwargs, name)
+            return cache.pair(kwargs, name)
     return None
 
 

@@ -12,6 +12,7 @@ A contrast without a plausibility threshold can raise tokens that both streams f
 from __future__ import annotations
 
 import re
+from inspect import signature
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,10 +56,11 @@ def response_loss(
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     if not ids:
         return 0.0, 0
+    # The head is for the response alone, where the model can tell
+    kept = {"logits_to_keep": len(ids) + 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids], device=model.device), use_cache=False).logits[
-            0, len(prompt) - 1 : -1
-        ]
+        tokens = torch.tensor([prompt + ids], device=model.device)
+        logits = model(tokens, use_cache=False, **kept).logits[0, -len(ids) - 1 : -1]
         targets = torch.tensor(ids, device=logits.device)
         return torch.nn.functional.cross_entropy(logits.float(), targets).item(), len(ids)
 
