@@ -34,15 +34,18 @@ of its own with a new processor, so the soft prompts' keys and values are includ
 from __future__ import annotations
 
 import argparse
+import cProfile
 import ctypes
 import dataclasses
 import gc
 import json
 import platform
+import pstats
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -214,10 +217,12 @@ def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: An
         for arm in setup.arms[first:] + setup.arms[:first]:
             runs[arm].append(generate(setup, prompt, arguments[arm]))
             progress.update()
+    own = {arm: own_share(partial(generate, setup, prompt, arguments[arm])) for arm in setup.arms}
     for arm in setup.arms:
         detach(arguments[arm])
     arms = {
         arm: {
+            "own_share": own[arm],
             "cache_bytes": runs[arm][-1]["cache_bytes"],
             "peak_bytes": measure_peak(setup, prompt, arm),
             "summary": {metric: summarise(runs[arm], runs["plain"], metric) for metric in METRICS},
@@ -226,6 +231,20 @@ def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: An
         for arm in setup.arms
     }
     return {"batch_size": batch_size, "prompt_length": prompt_length, "arms": arms}
+
+
+def own_share(call: Callable[[], Any]) -> float:
+    """Return the share of a call that this package's own code takes, forwards it starts itself included."""
+    with cProfile.Profile() as profile:
+        call()
+    stats = pstats.Stats(profile)
+    hooks = (("paired.py", "pre_forward_hook"), ("paired.py", "forward_hook"), ("logits_process.py", "__call__"))
+    own = sum(
+        cumulative
+        for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items()  # type: ignore[attr-defined]
+        if (Path(file).name, function) in hooks and "acd_logits" in file
+    )
+    return own / stats.total_tt  # type: ignore[attr-defined]
 
 
 def measure_peak(setup: Setup, prompt: torch.Tensor, arm: str) -> int | None:
@@ -312,8 +331,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "; ".join(facts) + ".\n",
         "| batch | prompt | arm | first token, ms | ratio | decode, ms/token | ratio | call, s | ratio | cache, MiB "
-        "| peak, MiB |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| peak, MiB | own code |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
         for arm, measured in cell["arms"].items():
@@ -326,6 +345,7 @@ def table(result: dict[str, Any]) -> str:
             columns.append(f"{measured['cache_bytes'] / 2**20:.1f}")
             peak = measured["peak_bytes"]
             columns.append("n/a" if peak is None else f"{peak / 2**20:.0f}")
+            columns.append(f"{measured['own_share']:.1%}")
             lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 

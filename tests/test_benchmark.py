@@ -47,6 +47,14 @@ def test_every_cell_has_every_arm(measured):
         assert all(arm["cache_bytes"] > 0 for arm in cell["arms"].values())
 
 
+def test_own_code_is_measured_where_it_runs(measured):
+    result, _ = measured
+    for cell in result["cells"]:
+        shares = {arm: values["own_share"] for arm, values in cell["arms"].items()}
+        assert all(0.01 < shares[arm] < 1 for arm in ("acd", "shared", "horizon"))  # of a tiny model's call
+        assert shares["plain"] < shares["acd"]
+
+
 def test_arms_make_equally_many_tokens(measured):
     result, _ = measured
     for cell in result["cells"]:
