@@ -1,28 +1,26 @@
 """The plots: what a reader must be able to make out."""
 
-import itertools
-
-import pytest
-
-from acd_logits.evaluation.plots import _label_heights
+from acd_logits.evaluation.arms import ARMS
+from acd_logits.evaluation.plots import _draw_frontier
 
 
-def test_labels_of_points_at_one_place_do_not_cover_each_other():
-    heights = _label_heights({"base": (0.1, 0.5), "oid": (0.1, 0.5), "sp": (0.12, 0.52), "acd": (0.9, 0.5)})
-    assert heights["acd"] == 0.5  # nothing is near
-    near = sorted(heights[arm] for arm in ("base", "oid", "sp"))
-    assert near[-1] == pytest.approx(0.52)
-    assert all(above - below >= 0.045 - 1e-6 for below, above in itertools.pairwise(near))
+def test_the_frontier_tells_all_arms_apart():
+    def rate(value):
+        return {"rate": value, "n": 10, "interval": [value / 2, value]}
 
-
-@pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_labels_at_the_edge_stay_in_the_plot(rate):
-    arms = ("base", "null", "opposite", "ap", "nid", "oid")
-    heights = sorted(_label_heights(dict.fromkeys(arms, (0.0, rate))).values())
-    assert heights[0] >= 0
-    assert heights[-1] <= 1
-    assert all(above - below >= 0.045 - 1e-6 for below, above in itertools.pairwise(heights))
-
-
-def test_a_label_far_below_another_stays_at_its_point():
-    assert _label_heights({"base": (0.1, 0.2), "acd": (0.1, 0.9)}) == {"base": 0.2, "acd": 0.9}
+    cells = [
+        {
+            "benchmark": "both",
+            "arm": arm,
+            "alpha": 0.5 if ARMS[arm].negative is not None else None,
+            "beta": 0.1 if ARMS[arm].negative is not None else None,
+            "harmless": rate(0.5),
+            "refused_safe": rate(0.1),
+        }
+        for arm in ARMS
+    ]
+    figure = _draw_frontier({"cells": cells, "main": {"alpha": 0.5, "beta": 0.1}})
+    (axes,) = figure.axes
+    handles, names = axes.get_legend_handles_labels()
+    assert sorted(names) == sorted(arm.title for arm in ARMS.values())
+    assert len({(handle.get_marker(), handle.get_color()) for handle in handles}) == len(ARMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#2b6ca3", "#d1711f", "#888888"
+BLUE, ORANGE, GREEN, GREY = "#2b6ca3", "#d1711f", "#2f8f5b", "#888888"
+MARKERS = "osD^vPX"
 
 
 def require_matplotlib() -> None:
@@ -150,31 +152,19 @@ def _draw_frontier(summary: dict[str, Any]) -> Figure | None:
     arms = [arm for arm in safety if arm in refusal]
     if len(arms) < 2:
         return None
-    figure, axes = _figure(5.6, 4.4)
-    heights = _label_heights({arm: (refusal[arm][0], safety[arm][0]) for arm in arms})
-    for arm in arms:
+    figure, axes = _figure(6.8, 4.4)
+    looks = itertools.product(MARKERS, (BLUE, GREEN, GREY))  # of the other arms, whose names may not fit beside them
+    for arm in sorted(arms, key=lambda arm: -safety[arm][0]):
         (y, y_low, y_high), (x, x_low, x_high) = safety[arm], refusal[arm]
-        color = ORANGE if arm == "acd" else BLUE
+        marker, color = ("*", ORANGE) if arm == "acd" else next(looks)
         axes.errorbar(
-            x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=GREY, linewidth=0.7, alpha=0.6
+            x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=color, linewidth=0.7, alpha=0.4
         )
-        axes.plot(x, y, "o", color=color)
-        axes.text(x + 0.015, heights[arm] + 0.02, ARMS[arm].title, fontsize=8, color=color)
+        size = 12 if arm == "acd" else 6
+        axes.plot(x, y, marker, markersize=size, color=color, label=ARMS[arm].title)
     axes.set_xlabel("over-refusal (lower is better)")
     axes.set_ylabel("harmless rate (higher is better)")
     axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(-0.03, 1.08)
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-def _label_heights(points: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """How high each point's label stands: at the point, or where another is in the way, nearer to the middle."""
-    width, line, middle = 0.25, 0.045, 0.5  # of a label and of the axis, in rates
-    heights: dict[str, float] = {}
-    for name, (x, y) in sorted(points.items(), key=lambda item: -abs(item[1][1] - middle)):
-        step = line if y < middle else -line
-        taken = [heights[other] for other in heights if abs(points[other][0] - x) < width]
-        heights[name] = y
-        while any(abs(heights[name] - other) < line - 1e-9 for other in taken):
-            heights[name] += step
-    return heights
