@@ -2,7 +2,7 @@
 # make test   linters; every test on the newest transformers, those closest to it on the oldest, and the plugin on vLLM
 # make bench  measure what docs/benchmarks.md reports, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
-# make pair   train the demo model's prompt pair again, into new-pair/3 (67 minutes on 2 cores that compute in bfloat16)
+# make pair   train the demo model's prompt pair again, into new-pair/3 (78 minutes on 2 cores that compute in bfloat16)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
 PYTHON ?= python3
@@ -16,8 +16,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests run with one thread a process: processes that share cores spin against each other
 
 # Each may be a local copy, as in advbench=FILE
-BENCHMARKS ?= advbench xstest alpaca_eval
+BENCHMARKS ?= advbench alpaca_eval xstest
 PAIR ?= smollm2-135m-instruct
+# Of training and evaluation. bfloat16 is slow on CPUs without instructions for it: make pair DTYPE=float32
+DTYPE ?= bfloat16
 
 .PHONY: demo test lint test-newest test-oldest test-vllm bench bench-vllm soak-vllm pair evaluation clean
 
@@ -82,28 +84,27 @@ bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
 		--new_tokens 40 --repeats 7 --output_file benchmark.json
 
-# bfloat16 is slow on CPUs without instructions for it: make pair DTYPE=float32
-DTYPE ?= bfloat16
 TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl --dtype $(DTYPE)
 GO_ON = --eval_on_start false --eval_strategy no --load_best_model_at_end false
 
-# All go on where they stopped. First what to refuse, then how seldom, both by few tokens; then how to word it
+# All go on where they stopped. First what to refuse, then how seldom, by the first tokens; then how to word it
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --dtype $(DTYPE) \
 		--system_prompts null --batch_size 64 --max_new_tokens 16 \
 		--refusal_opening "I'm sorry, but I can't help with that." --output_file anchors.jsonl
 	$(TRAIN) --output_dir new-pair/1
-	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 $(GO_ON) --lr_weight 12 --learning_rate 1e-2 \
-		--num_train_epochs 3 --adversarial_epochs 0
-	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(GO_ON) --max_response_tokens 10 --lr_weight 10 \
+	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 $(GO_ON) --max_response_tokens 1 --lr_weight 16 \
+		--learning_rate 8e-3 --num_train_epochs 7 --adversarial_epochs 0
+	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(GO_ON) --max_response_tokens 10 --lr_weight 20 \
 		--ln_weight 0.7 --learning_rate 6e-3 --num_train_epochs 1.5 --adversarial_epochs 0.5
 
+EVALUATE = $(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --dtype $(DTYPE) --limit 250 \
+	--max_new_tokens 64 --batch_size 50
+
 evaluation: $(VENV)/dev
-	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(BENCHMARKS) --limit 250 \
-		--max_new_tokens 64 --batch_size 50 \
+	$(EVALUATE) --benchmarks $(BENCHMARKS) \
 		--arms base null opposite sp ap nid oid acd safe-ap sp-null sp-opposite
-	$(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --benchmarks $(firstword $(BENCHMARKS)) --limit 250 \
-		--max_new_tokens 64 --batch_size 50 --arms acd --alphas 0 0.2 0.4 0.5 0.6 0.8 1
+	$(EVALUATE) --benchmarks $(firstword $(BENCHMARKS)) --arms acd --alphas 0 0.2 0.4 0.5 0.6 0.8 1 --betas 0.1 0
 
 # What vLLM costs and gains, and thousands of requests with cancellations and malformed ones
 served: | $(VLLM)/dev
