@@ -453,6 +453,15 @@ class TestCompiledDecoding:
         assert_same(got, expected)
         assert graphs
 
+    def test_alibi_is_not_compiled(self):
+        """Its distances come from a mask as long as the text."""
+        compiled, graphs = self.config()
+        got, expected = run_both(
+            build_model("bloom"), build_pair(), build_batch(), cache_implementation="static", compile_config=compiled
+        )
+        assert_same(got, expected)
+        assert not graphs
+
     @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
     def test_as_many_graphs_as_without_acd_at_any_length(self, name):
         def count(new_tokens, processors):

@@ -447,7 +447,7 @@ def _valid_auto_compile_criteria(
     inner = {
         name: cache.inner
         for name, cache in model_kwargs.items()
-        # Without position ids (Bloom), distances come from a mask that grows
+        # Without position ids (Bloom, Mamba 2), distances come from a mask that grows, or there is none
         if isinstance(cache, PairedCache) and cache.streams.takes_positions
     }
     return type(self)._valid_auto_compile_criteria(self, model_kwargs | inner, generation_config)
@@ -460,7 +460,7 @@ def get_compiled_call(self: PreTrainedModel, compile_config: CompileConfig | Non
 
     def call(**kwargs: Any) -> ModelOutput:
         paired = pair_call(self, kwargs)
-        return compiled(**kwargs) if paired is None else paired.cache.split(compiled(**paired.static(self)), paired)
+        return compiled(**kwargs) if paired is None else paired.cache.split(compiled(**paired.static()), paired)
 
     return call
 

@@ -499,8 +499,9 @@ class PairedCall(dict[str, Any]):
         super().__init__(call)
         self.cache, self.name, self.new = cache, name, new
 
-    def static(self, model: PreTrainedModel) -> dict[str, Any]:
+    def static(self) -> dict[str, Any]:
         """The same call with the mask over all slots of a static cache, whose shape stays the same at every token."""
+        model = self.cache.streams.model
         x = self["input_ids"] if self.get("input_ids") is not None else self["inputs_embeds"]
         make_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
         mask = make_masks(
