@@ -162,7 +162,7 @@ def run_comparison(
                         "label": request.label,
                         "request": request.text,
                         "response": response.text,
-                        "refused": is_refusal(response.text),
+                        "refused": is_refusal(response.text, request.text),
                         "verdict": next(judged) if request.label == "harmful" else None,
                         "tokens": response.tokens,
                         "finished": response.finished,
