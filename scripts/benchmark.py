@@ -18,6 +18,7 @@ The arms answer the same random prompts, greedily and without an end-of-sequence
   between calls, as in use, so the soft prompts' keys and values are there already: they are computed in the warm-up.
 - `shared`: the same with one copy of the prompt's keys and values for both streams (`share_instruction_kv`).
 - `horizon`: ACD that contrasts the first 16 new tokens.
+- `shared_horizon`: both of these.
 - `guidance`: the prompt, and a negative prompt (100 tokens by default, and the prompt), which is as long as ACD's
   adversarial stream. Its other stream has no soft prompt, so it is shorter than ACD's. transformers computes the
   negative prompt anew in each call, one forward for each stream, with the logits of all its tokens.
@@ -27,8 +28,10 @@ Plain and guidance run while ACD's hooks are on the model, where they pass every
 Columns: time to the first token (with the prefill of all streams), decode time per token after the first, wall time
 of the whole generate call, the memory of the keys and values it returns (guidance returns one of its two caches), and
 its peak memory above the level before it. Times are medians over the repeats. A ratio compares an arm with plain in
-the same repeat: median (minimum to maximum). Peak memory (allocated on CUDA, resident on Linux) is measured in a call
-of its own with a new processor, so the soft prompts' keys and values are included.
+the same repeat: median (minimum to maximum). Peak memory (allocated on CUDA, resident on Linux) is measured in the
+warm-up, an arm's first call, so the soft prompts' keys and values are included. Own code is the share of the time
+between the first token and the 40th that is spent in this package's hooks and processor. Python's profiler measures it
+and slows Python down, so it is less without.
 """
 
 from __future__ import annotations
@@ -98,15 +101,24 @@ def acd_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
 
 
 def shared_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
-    """ACD with a shared instruction, as if the pair had been trained so."""
+    """ACD with a shared instruction."""
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, shared_pair(setup))]}
+
+
+def shared_pair(setup: Setup) -> PromptPair:
+    """Return the pair as if it had been trained with a shared instruction."""
     config = dataclasses.replace(setup.pair.config, share_instruction_kv=True)
-    pair = PromptPair(setup.pair.safeguarding, setup.pair.adversarial, config)
-    return {"logits_processor": [ACDLogitsProcessor(setup.model, pair)]}
+    return PromptPair(setup.pair.safeguarding, setup.pair.adversarial, config)
 
 
 def horizon_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
     """ACD that goes on with SP alone after 16 new tokens."""
     return {"logits_processor": [ACDLogitsProcessor(setup.model, setup.pair, horizon=16)]}
+
+
+def shared_horizon_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
+    """ACD with a shared instruction that goes on with SP alone after 16 new tokens."""
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, shared_pair(setup), horizon=16)]}
 
 
 def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
@@ -126,18 +138,22 @@ ARMS: dict[str, Callable[[Setup, torch.Tensor], dict[str, Any]]] = {
     "acd": acd_arguments,
     "shared": shared_arguments,
     "horizon": horizon_arguments,
+    "shared_horizon": shared_horizon_arguments,
     "guidance": guidance_arguments,
 }
 
 
 class TokenClock(StoppingCriteria):
-    """Notes the time at which each new token is ready; stops nothing."""
+    """Notes the time at which each new token is ready, and starts a profile at the first one; stops nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: cProfile.Profile | None = None) -> None:
         self.times: list[float] = []
+        self.profile = profile
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # noqa: D102
         self.times.append(now(input_ids.device))
+        if self.profile and len(self.times) == 1:
+            self.profile.enable()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -157,9 +173,11 @@ def random_ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:
     return torch.randint(model.get_input_embeddings().num_embeddings, shape, device=model.device)
 
 
-def generate(setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any]) -> dict[str, float]:
-    """Run one generate call and return its metrics."""
-    clock = TokenClock()
+def generate(
+    setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any], profile: cProfile.Profile | None = None
+) -> dict[str, float]:
+    """Run one generate call, profiled from its first token on, and return its metrics."""
+    clock = TokenClock(profile)
     start = now(prompt.device)
     output = setup.model.generate(
         prompt,
@@ -209,22 +227,22 @@ def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: An
     """Measure every arm at one batch size and prompt length."""
     prompt = random_ids(setup.model, batch_size, prompt_length)
     arguments = {arm: ARMS[arm](setup, prompt) for arm in setup.arms}
-    for arm in setup.arms:
-        generate(setup, prompt, arguments[arm])  # warm-up
+    warm_up = {arm: partial(generate, setup, prompt, arguments[arm]) for arm in setup.arms}
+    peaks = {arm: peak_bytes(prompt.device, warm_up[arm]) for arm in setup.arms}
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in setup.arms}
     for repeat in range(setup.repeats):
         first = repeat % len(setup.arms)
         for arm in setup.arms[first:] + setup.arms[:first]:
             runs[arm].append(generate(setup, prompt, arguments[arm]))
             progress.update()
-    own = {arm: own_share(partial(generate, setup, prompt, arguments[arm])) for arm in setup.arms}
+    own = {arm: own_share(setup, prompt, arguments[arm]) for arm in setup.arms}
     for arm in setup.arms:
         detach(arguments[arm])
     arms = {
         arm: {
             "own_share": own[arm],
             "cache_bytes": runs[arm][-1]["cache_bytes"],
-            "peak_bytes": measure_peak(setup, prompt, arm),
+            "peak_bytes": peaks[arm],
             "summary": {metric: summarise(runs[arm], runs["plain"], metric) for metric in METRICS},
             "runs": runs[arm],
         }
@@ -233,26 +251,19 @@ def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: An
     return {"batch_size": batch_size, "prompt_length": prompt_length, "arms": arms}
 
 
-def own_share(call: Callable[[], Any]) -> float:
-    """Return the share of a call that this package's own code takes, forwards it starts itself included."""
-    with cProfile.Profile() as profile:
-        call()
-    stats = pstats.Stats(profile)
+def own_share(setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any]) -> float:
+    """Return the share of the decode time that this package's own code takes, over at most 40 tokens."""
+    setup = dataclasses.replace(setup, new_tokens=min(setup.new_tokens, 40))
+    profile = cProfile.Profile()
+    metrics = generate(setup, prompt, arguments, profile)
+    profile.disable()
     hooks = (("paired.py", "pre_forward_hook"), ("paired.py", "forward_hook"), ("logits_process.py", "__call__"))
     own = sum(
         cumulative
-        for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items()  # type: ignore[attr-defined]
+        for (file, _, function), (_, _, _, cumulative, _) in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
         if (Path(file).name, function) in hooks and "acd_logits" in file
     )
-    return own / stats.total_tt  # type: ignore[attr-defined]
-
-
-def measure_peak(setup: Setup, prompt: torch.Tensor, arm: str) -> int | None:
-    """Return the peak memory of an arm's first call."""
-    arguments = ARMS[arm](setup, prompt)
-    peak = peak_bytes(prompt.device, lambda: generate(setup, prompt, arguments))
-    detach(arguments)
-    return peak
+    return own / (metrics["decode_s_per_token"] * (setup.new_tokens - 1))
 
 
 def detach(arguments: dict[str, Any]) -> None:
@@ -282,16 +293,17 @@ def load_setup(args: argparse.Namespace) -> Setup:
             model = AutoModelForCausalLM.from_pretrained(resolve_model_name(args.model_name_or_path), **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise CommandError(f"cannot make the model: {' '.join(str(error).split())}") from error
-    if "shared" in args.arms:
+    if any(arm.startswith("shared") for arm in args.arms):
         try:
             check_shareable(model)
         except ValueError as error:
-            raise CommandError(f"{error} (choose --arms without shared)") from None
+            raise CommandError(f"{error} (choose --arms without shared and shared_horizon)") from None
     model.to(args.device).eval()
     needed = max(args.num_virtual_tokens, args.adversarial_tokens) + max(args.prompt_lengths) + args.new_tokens
     if needed > getattr(model.config, "max_position_embeddings", needed):
         raise CommandError(f"{needed} tokens are more than the model's {model.config.max_position_embeddings}")
     model.generation_config = GenerationConfig(pad_token_id=0)  # greedy, and nothing ends early
+    model.generate(random_ids(model, 1, 8), max_new_tokens=2)  # what torch sets up once is in no arm's peak
     embed = model.get_input_embeddings()
     with torch.no_grad():
         safeguarding, adversarial = (
