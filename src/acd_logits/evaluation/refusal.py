@@ -161,7 +161,7 @@ def _is_taken_back(text: str, request: str) -> bool:
     for sentence in _all_sentences(_one_spelling(text)):
         if re.search(_SOMETHING_ELSE, sentence):
             continue
-        if re.match(rf"(?:{_OPENERS}[\s,]+)*{_TAKEN_BACK}", sentence):
+        if _begins(sentence[:200], _TAKEN_BACK):
             return True
         if asked and re.search(_PRESENTS, sentence) and len(asked & _topic(sentence)) >= OVERLAP * len(asked):
             return True
@@ -189,12 +189,12 @@ def _begins_as_refusal(text: str) -> bool:
 
 
 def _refuses(sentence: str) -> bool:
-    return bool(re.search(_ANYWHERE, sentence)) or any(map(_clause_refuses, _clauses(sentence)))
+    return bool(re.search(_ANYWHERE, sentence)) or any(_begins(clause, _REFUSALS) for clause in _clauses(sentence))
 
 
-def _clause_refuses(clause: str) -> bool:
-    """Whether the clause is a refusal, as it is or without one or more openers."""
-    while not re.match(_REFUSALS, clause):
+def _begins(clause: str, words: str) -> bool:
+    """Whether the clause begins with the words, as it is or without one or more openers."""
+    while not re.match(words, clause):
         opener = re.match(rf"{_OPENERS}(?![\w'])[\s,]*", clause)
         if not opener:
             return False
