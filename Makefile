@@ -1,6 +1,6 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
 # make test   linters; every test on the newest transformers, those closest to it on the oldest, and the plugin on vLLM
-# make bench  measure what docs/benchmarks.md reports, on a quiet machine
+# make bench  measure the first table of docs/benchmarks.md, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
 # make pair   train the demo model's prompt pair again, into new-pair/3 (78 minutes on 2 cores that compute in bfloat16)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/

@@ -95,30 +95,13 @@ def plain_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
     return {}
 
 
-def acd_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
-    """ACD with a new processor."""
-    return {"logits_processor": [ACDLogitsProcessor(setup.model, setup.pair)]}
-
-
-def shared_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
-    """ACD with a shared instruction."""
-    return {"logits_processor": [ACDLogitsProcessor(setup.model, shared_pair(setup))]}
-
-
-def shared_pair(setup: Setup) -> PromptPair:
-    """Return the pair as if it had been trained with a shared instruction."""
-    config = dataclasses.replace(setup.pair.config, share_instruction_kv=True)
-    return PromptPair(setup.pair.safeguarding, setup.pair.adversarial, config)
-
-
-def horizon_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
-    """ACD that goes on with SP alone after 16 new tokens."""
-    return {"logits_processor": [ACDLogitsProcessor(setup.model, setup.pair, horizon=16)]}
-
-
-def shared_horizon_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
-    """ACD with a shared instruction that goes on with SP alone after 16 new tokens."""
-    return {"logits_processor": [ACDLogitsProcessor(setup.model, shared_pair(setup), horizon=16)]}
+def acd_arguments(
+    setup: Setup, prompt: torch.Tensor, *, share_instruction_kv: bool = False, horizon: int | None = None
+) -> dict[str, Any]:
+    """ACD with a new processor, as if the pair had been trained with a shared instruction or without."""
+    config = dataclasses.replace(setup.pair.config, share_instruction_kv=share_instruction_kv)
+    pair = PromptPair(setup.pair.safeguarding, setup.pair.adversarial, config)
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, pair, horizon=horizon)]}
 
 
 def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
@@ -136,9 +119,9 @@ def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
 ARMS: dict[str, Callable[[Setup, torch.Tensor], dict[str, Any]]] = {
     "plain": plain_arguments,
     "acd": acd_arguments,
-    "shared": shared_arguments,
-    "horizon": horizon_arguments,
-    "shared_horizon": shared_horizon_arguments,
+    "shared": partial(acd_arguments, share_instruction_kv=True),
+    "horizon": partial(acd_arguments, horizon=16),
+    "shared_horizon": partial(acd_arguments, share_instruction_kv=True, horizon=16),
     "guidance": guidance_arguments,
 }
 
@@ -200,7 +183,7 @@ def generate(
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
-    """Return how far memory rises above its level before the call, or None where that cannot be read."""
+    """Make the call and return how far memory rises above its level before, or None where that cannot be read."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -212,6 +195,7 @@ def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present level
         before = resident_bytes("VmHWM")
     except (OSError, AttributeError, TypeError):  # no Linux, no glibc, or no right to reset
+        call()
         return None
     call()
     return resident_bytes("VmHWM") - before
@@ -227,8 +211,9 @@ def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: An
     """Measure every arm at one batch size and prompt length."""
     prompt = random_ids(setup.model, batch_size, prompt_length)
     arguments = {arm: ARMS[arm](setup, prompt) for arm in setup.arms}
-    warm_up = {arm: partial(generate, setup, prompt, arguments[arm]) for arm in setup.arms}
-    peaks = {arm: peak_bytes(prompt.device, warm_up[arm]) for arm in setup.arms}
+    peaks = {  # of the first calls, which are the warm-up
+        arm: peak_bytes(prompt.device, partial(generate, setup, prompt, arguments[arm])) for arm in setup.arms
+    }
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in setup.arms}
     for repeat in range(setup.repeats):
         first = repeat % len(setup.arms)

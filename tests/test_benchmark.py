@@ -112,6 +112,14 @@ def test_peak_memory_sees_what_is_freed_again(benchmark):
     assert 60 << 20 < peak < 100 << 20
 
 
+def test_the_call_is_made_where_peak_memory_cannot_be_read(benchmark, monkeypatch):
+    torch = pytest.importorskip("torch")
+    calls = []
+    monkeypatch.setattr(benchmark.ctypes, "CDLL", lambda name: None)
+    assert benchmark.peak_bytes(torch.device("cpu"), lambda: calls.append(1)) is None
+    assert calls == [1]  # it is the warm-up
+
+
 def test_negative_prompt_is_as_long_as_the_adversarial_stream(benchmark):
     parser = benchmark.CommandParser()
     benchmark.add_arguments(parser)
