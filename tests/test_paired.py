@@ -121,13 +121,19 @@ def test_hidden_states_and_attentions_have_the_plain_shapes(name, pair):
         assert shapes == [[list(layer.shape) for layer in step] for step in getattr(plain, key)]
 
 
-def test_position_ids_of_the_user_are_kept(model, pair):
-    plain, batch = copy.deepcopy(model), build_batch((9,))
-    positions = torch.arange(9)[None] + 5
+@pytest.mark.parametrize("length", [9, 32])
+@pytest.mark.parametrize("n_a", [7, 4])
+def test_position_ids_of_the_user_are_kept(model, n_a, length):
+    """The gap between soft prompt and prompt is no border between texts."""
+    plain, batch, pair = copy.deepcopy(model), build_batch((length,)), build_pair(4, n_a)
+    positions = torch.arange(length)[None] + 5
     acd = ACDLogitsProcessor(model, pair, beta=0.0)
     moved = model.generate(**batch, position_ids=positions, logits_processor=[acd], **SCORES)
     acd.streams.reusable = False
     assert_same(model.generate(**batch, position_ids=positions, logits_processor=[acd], **SCORES), moved)
+    without_cache = {"position_ids": positions, "use_cache": False, "max_new_tokens": 1}
+    first = model.generate(**batch, logits_processor=[acd], **SCORES | without_cache)
+    torch.testing.assert_close(first.scores[0], moved.scores[0], atol=1e-4, rtol=0)
     reference = ReferenceProcessor(plain, pair, 0.5)
     usual = plain.generate(**batch, logits_processor=[reference], **SCORES)
     assert not torch.allclose(usual.scores[0], moved.scores[0], atol=1e-4)

@@ -369,7 +369,8 @@ class PairedCache(Cache):
     def _mask(self, visible: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
         """Attention mask `[rows, W + length]` over soft prompts and visible tokens; `None` where all is visible."""
         width = self.streams.width
-        if visible is None and all(n == width for n in self._lengths()):
+        # Without a cache as well as a mask, transformers takes positions with a gap for several texts in one row
+        if visible is None and self.inner is not None and all(n == width for n in self._lengths()):
             return None
         if visible is None:
             visible = torch.ones(self.rows, length, dtype=torch.long, device=device)
