@@ -74,6 +74,17 @@ def test_modes(name, mode, lengths):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("horizon", [None, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_behind_a_long_prompt(mode, horizon):
+    batch, horizon = build_batch((30, 30)), {"horizon": horizon}
+    options = MODES[mode]
+    if "prefill_chunk_size" in options:
+        options = options | {"prefill_chunk_size": 25}
+    got, expected = run_both(build_model(), build_pair(3, 3), batch, reference=horizon, acd=horizon, **options)
+    assert_same(got, expected)
+
+
 @pytest.mark.parametrize("name", ["bloom", "mamba2", "bamba", "lfm2", "gpt2", "gemma3"])
 @pytest.mark.parametrize("mode", ["sampling", "beam", "no_cache", "static"])
 def test_modes_of_other_architectures(name, mode):
@@ -113,6 +124,11 @@ class TestAssisted:
         got, expected = run_both(
             model, build_pair(scale=0.3), build_batch((11,)), assistant_model=agreeing_draft(model), max_new_tokens=30
         )
+        assert_same(got, expected)
+
+    def test_long_prompt(self, name):
+        draft, batch = agreeing_draft(build_model(name)), build_batch((30,))
+        got, expected = run_both(build_model(name), build_pair(3, 3, scale=0.3), batch, assistant_model=draft)
         assert_same(got, expected)
 
     def test_prompt_lookup(self, name):
@@ -211,8 +227,9 @@ def test_output_logits_are_the_safe_stream(model, pair):
     torch.testing.assert_close(out.logits[0], reference(batch["input_ids"], None), atol=1e-4, rtol=0)
 
 
-def test_inputs_embeds(model, pair):
-    batch = build_batch((9,))
+@pytest.mark.parametrize("length", [9, 60])
+def test_inputs_embeds(model, length):
+    batch, pair = build_batch((length,)), build_pair(7, 7)
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
     got, expected = run_both(
         model, pair, {"inputs_embeds": embeds}, reference={"prompt": embeds, "mask": None}, num_beams=1
@@ -426,12 +443,13 @@ class TestCompiledDecoding:
 
     @pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma3", "gpt2", "lfm2"])
     @pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 4}, {"do_sample": True}])
-    def test_equals_the_reference(self, name, how):
+    @pytest.mark.parametrize("lengths", [(11, 7, 10), (40, 40)])
+    def test_equals_the_reference(self, name, how, lengths):
         compiled, graphs = self.config()
         got, expected = run_both(
             build_model(name),
-            build_pair(),
-            build_batch(),
+            build_pair(4, 4),
+            build_batch(lengths),
             cache_implementation="static",
             compile_config=compiled,
             **how,

@@ -27,9 +27,52 @@ def test_every_architecture_equals_the_reference(name, lengths):
     assert (expected.scores[0] - unprompted).abs().max() > 0.01, "the soft prompts do nothing here"
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_long_prompt_equals_the_reference(name):
+    """Soft prompts of one length in front of a long prompt need no mask and run with it."""
+    model, pair, batch = build_model(name), build_pair(3, 3), build_batch((24, 24))
+    plain = copy.deepcopy(model)
+    reference = ReferenceProcessor(plain, pair, 0.5)
+    acd = ACDLogitsProcessor(model, pair, alpha=0.5, beta=0.0)
+    got = model.generate(**batch, logits_processor=[acd], **SCORES)
+    assert_same(got, plain.generate(**batch, logits_processor=[reference], **SCORES))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_a", "attention", "masked"),
+    [
+        ((24, 24), 3, "sdpa", False),
+        ((23, 23), 3, "sdpa", True),  # short: stored keys and values save more
+        ((24, 20), 3, "sdpa", True),  # padding and unequal soft prompts need a mask in any case
+        ((24, 24), 2, "sdpa", True),
+        ((24, 24), 3, "eager", True),  # which always takes one
+    ],
+)
+def test_stored_prompts_are_left_where_they_cost_a_mask(lengths, n_a, attention, masked, monkeypatch):
+    model, pair, batch = build_model(), build_pair(3, n_a), build_batch(lengths)
+    model.set_attn_implementation(attention)
+    acd, widths, masks = ACDLogitsProcessor(model, pair), [], []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def note(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    model.model.register_forward_hook(lambda _, __, out: widths.append(out.last_hidden_state.shape[1]))
+    model.generate(**build_batch((5,)), logits_processor=[acd], max_new_tokens=1)  # stores them
+    widths.clear(), masks.clear()
+    model.generate(**batch, logits_processor=[acd], max_new_tokens=1)
+    assert widths == [max(lengths) if masked else 3 + max(lengths)]
+    assert all((mask is not None) == masked for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n_a"), [(build_batch(), 9), (build_batch((40, 40)), 4)], ids=["short and padded", "long"]
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_both_layouts_agree(name):
-    model, pair, batch = build_model(name), build_pair(4, 9), build_batch()
+def test_both_layouts_agree(name, batch, n_a):
+    model, pair = build_model(name), build_pair(4, n_a)
     acd = ACDLogitsProcessor(model, pair, beta=0.0)
     assert acd.streams.reusable
     reused = model.generate(**batch, logits_processor=[acd], **SCORES)

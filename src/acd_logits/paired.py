@@ -20,7 +20,8 @@ Where the soft prompts sit. With W = max(n_s, n_a), the prompts occupy W slots, 
 Merged is exact for every architecture: nothing stands between the soft prompt and x, so sliding windows, ALiBi
 distances and recurrent states come out as if the row were alone. Reused skips computing the soft prompts, which is
 most of the prefill, and is exact where a masked slot in between changes nothing: full attention over standard masks,
-with positions given by `position_ids`. `reuses_prefix` decides.
+with positions given by `position_ids`. `reuses_prefix` decides. A long x that needs no mask is merged all the same, as
+attention without a mask saves more than stored soft prompts do (`PairedCache._merges`).
 
 In both layouts the visible token j has slot W + j, and a row's soft prompt ends where its first real token begins
 (merged) or at slot W (reused). `PairedCache._shift` is that one difference: how far the soft prompt moves to the right
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
-_SPARE = 64  # tokens that a cache grows by: it is copied once in so many steps
+_SPARE = 64  # tokens that a cache grows by at most: it is copied once in so many steps
+
+_LONG = 8  # x is long from this many times the soft prompts on
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 
@@ -257,7 +260,8 @@ class PairedCache(Cache):
         key, seen, positions = self._start(call)
         x = call[key]
         new = x.shape[1]
-        if not seen and self.reuses:
+        merges = self._merges(seen, new)
+        if not seen and not merges:
             self._write_prompts(x.device)
 
         paired = PairedCall(call, cache=self, name=name, new=new)
@@ -268,7 +272,7 @@ class PairedCache(Cache):
             paired["attention_mask"] = None  # a recurrent state has no slots left to mask
         positions = self._each(positions) + self._each_length(x.device)
 
-        if not self.reuses and (not seen or seen < self.longest_pad):
+        if merges:
             # Some of these slots hold soft prompt: the whole call goes through embeddings
             embeds, positions = self._merge_prompts(call, positions, seen, seen + new)
             paired["input_ids"], paired["inputs_embeds"] = None, embeds
@@ -383,6 +387,16 @@ class PairedCache(Cache):
             # Bloom builds its ALiBi distances, and with them the key length, from the mask
             mask = torch.nn.functional.pad(mask, (0, max(0, self.inner.get_max_length() - width - length)))
         return mask
+
+    def _merges(self, seen: int, new: int) -> bool:
+        """Whether soft prompts run within a forward of `new` tokens behind `seen`, instead of being stored already."""
+        if not self.reuses:
+            return not seen or seen < self.longest_pad
+        # Behind stored keys sdpa takes a mask, and computes the half of the square that it skips without one: in a
+        # long forward that costs more than the soft prompts
+        unmasked = not self.longest_pad and len(set(self._lengths())) == 1
+        attention = self.streams.model.config.get_text_config(decoder=True)._attn_implementation
+        return not seen and unmasked and attention == "sdpa" and new >= _LONG * self.streams.width
 
     def _write_prompts(self, device: torch.device) -> None:
         """Fill the W prompt slots of every row from the stored keys and values (reused layout)."""
