@@ -115,6 +115,17 @@ def test_soft_prompt_kv_is_computed_once(model, pair):
     assert len(calls) == 2 + 3 * 2  # SP and AP once, then prefill and one step per call
 
 
+@pytest.mark.parametrize("new_tokens", [2, 30, 150])
+@pytest.mark.parametrize(("share", "slots"), [(False, 7 + 9), (True, 8 + 7 + 4 + 2)])
+def test_no_room_is_kept_that_the_call_cannot_fill(model, pair, share, slots, new_tokens):
+    acd = ACDLogitsProcessor(model, pair, share_instruction_kv=share)
+    out = model.generate(**build_batch((9,)), logits_processor=[acd], **SCORES | {"max_new_tokens": new_tokens})
+    for layer in out.past_key_values.layers:
+        used = slots + (new_tokens - 1) * (2 if share else 1)  # the last token is never run
+        assert layer.keys.shape[-2] == used
+        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
 def scale_in_place(model):
     with torch.no_grad():
         for parameter in model.parameters():

@@ -190,7 +190,8 @@ class ACDLogitsProcessor(LogitsProcessor):
             length = mask.shape[1]
         else:  # generate drops a mask of ones and notes its length
             length = getattr(generation_config, "_mask_length", ids_length)
-        cache.begin_call(length, length - ids_length, self.horizon, mask)
+        offset = length - ids_length
+        cache.begin_call(length, generation_config.max_length + offset, offset, self.horizon, mask)
 
         beams, copies = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
         alpha = self.alpha

@@ -139,12 +139,13 @@ class PairedCache(Cache):
         self.reset()
 
     def begin_call(
-        self, prompt_length: int, offset: int, horizon: int | None, prompt_mask: torch.Tensor | None
+        self, prompt_length: int, max_length: int, offset: int, horizon: int | None, prompt_mask: torch.Tensor | None
     ) -> None:
         """Set what belongs to one `generate` call.
 
         Args:
             prompt_length: visible tokens the prefill ends with, earlier turns included.
+            max_length: visible tokens the call ends with at the latest.
             offset: visible tokens that are not in generate's `input_ids` (a prompt given as embeddings, say).
             horizon: contrast the first `horizon` new tokens only; `None` for all.
             prompt_mask: `[B, prompt_length]` attention mask, or `None` where nothing is padded.
@@ -154,7 +155,8 @@ class PairedCache(Cache):
                 "this cache went past the horizon of an earlier call and holds the safeguarding stream only: "
                 "start the conversation again without past_key_values."
             )
-        self.prompt_length, self.offset, self.horizon = prompt_length, offset, horizon
+        self.prompt_length, self.max_length, self.offset, self.horizon = prompt_length, max_length, offset, horizon
+        self._limit_layers()
         # [B]: left padding of x
         self.pads: torch.Tensor | None = None if prompt_mask is None else (prompt_mask.cumsum(-1) == 0).sum(-1)
         self.longest_pad = 0 if self.pads is None else int(self.pads.max())
@@ -194,7 +196,7 @@ class PairedCache(Cache):
         self.alone = False  # True once the adversarial rows are dropped
         self.interrupted = False  # True while a forward runs, and for ever if it raised
         self.last = 0  # visible length at the last kept position
-        self.begin_call(0, 0, None, None)
+        self.begin_call(0, 0, 0, None, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select the rows that live on in beam search, `[B]`."""
@@ -345,7 +347,17 @@ class PairedCache(Cache):
 
     def _size(self) -> tuple[int, int]:
         """Rows and slots of the inner cache."""
-        return len(self._lengths()) * self.rows, self.streams.width + self.seen
+        return len(self._lengths()) * self.rows, self._slots_for(self.seen)
+
+    def _slots_for(self, visible: int) -> int:
+        """Slots of the inner cache that hold so many visible tokens."""
+        return self.streams.width + visible
+
+    def _limit_layers(self) -> None:
+        """Let the layers grow to what this call can fill; its last token never enters them."""
+        for layer in self.layers:
+            if isinstance(layer, _GrowingLayer):
+                layer.limit = self._slots_for(self.max_length - 1)
 
     def _lengths(self) -> tuple[int, ...]:
         return self.streams.lengths[:1] if self.alone else self.streams.lengths
@@ -444,6 +456,7 @@ class PairedCache(Cache):
             if self.inner is not None:
                 self._keep_safeguarding(self.inner)
             self.alone = True
+            self._limit_layers()
 
     def _keep_safeguarding(self, inner: Cache) -> None:
         """Drop what belongs to the adversarial stream, while `alone` does not say so yet."""
@@ -470,6 +483,7 @@ class _GrowingLayer(DynamicLayer):
 
     keys: torch.Tensor
     values: torch.Tensor
+    limit = 0  # tokens that are expected at most: no spare room behind them
     _buffers: KeyValues | None = None  # keys and values, with room behind
     _written: torch.Tensor | None = None  # the keys as `update` left them
 
@@ -487,9 +501,10 @@ class _GrowingLayer(DynamicLayer):
         stop = start + key_states.shape[-2]
         # Cropped or reordered keys are tensors of their own, and move into new buffers
         if self._buffers is None or self.keys is not self._written or stop > self._buffers[0].shape[-2]:
+            room = max(stop, min(stop + _SPARE, self.limit))
             self._buffers = (
-                _buffer(self.keys, key_states, start, stop),
-                _buffer(self.values, value_states, start, stop),
+                _buffer(self.keys, key_states, start, room),
+                _buffer(self.values, value_states, start, room),
             )
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start:stop, :] = new
@@ -498,10 +513,10 @@ class _GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _buffer(old: torch.Tensor, new: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Room for `stop` tokens and some more, with the `start` tokens of `old` in place."""
+def _buffer(old: torch.Tensor, new: torch.Tensor, start: int, room: int) -> torch.Tensor:
+    """Room for `room` tokens, with the `start` tokens of `old` in place."""
     rows, heads, _, head_dim = new.shape
-    buffer = new.new_empty(rows, heads, stop + _SPARE, head_dim)
+    buffer = new.new_empty(rows, heads, room, head_dim)
     if start:
         buffer[..., :start, :] = old
     return buffer

@@ -77,12 +77,12 @@ class SharedCache(PairedCache):
             )
 
     def begin_call(
-        self, prompt_length: int, offset: int, horizon: int | None, prompt_mask: torch.Tensor | None
+        self, prompt_length: int, max_length: int, offset: int, horizon: int | None, prompt_mask: torch.Tensor | None
     ) -> None:
         """See [`PairedCache.begin_call`]. What is shared is the prompt of a conversation's first call."""
-        super().begin_call(prompt_length, offset, horizon, prompt_mask)
         if not self.seen:
             self.shared = max(prompt_length - 1, 0)
+        super().begin_call(prompt_length, max_length, offset, horizon, prompt_mask)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` visible tokens.
@@ -146,10 +146,13 @@ class SharedCache(PairedCache):
     # ----- slots and masks -----
 
     def _size(self) -> tuple[int, int]:
-        contrasted = self.seen - self.shared
+        return self.rows, self._slots_for(self.seen)
+
+    def _slots_for(self, visible: int) -> int:
+        contrasted = visible - self.shared
         if contrasted <= 0:
-            return self.rows, self.seen
-        return self.rows, self.shared + sum(self._lengths()) + contrasted * len(self._lengths())
+            return visible
+        return self.shared + sum(self._lengths()) + contrasted * len(self._lengths())
 
     def _both(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
