@@ -66,6 +66,10 @@ MODES = {
 }
 
 
+def long_prompt(name="llama", rows=2, **pair):
+    return build_model(name), build_pair(2, 2, **pair), build_batch((120,) * rows)
+
+
 @pytest.mark.parametrize("lengths", [(11,), (11, 6, 9)], ids=["one", "padded"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
@@ -77,11 +81,11 @@ def test_modes(name, mode, lengths):
 @pytest.mark.parametrize("horizon", [None, 4])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_behind_a_long_prompt(mode, horizon):
-    batch, horizon = build_batch((30, 30)), {"horizon": horizon}
-    options = MODES[mode]
+    """So long that it runs with its soft prompts and without a mask, or its first chunk does."""
+    horizon, options = {"horizon": horizon}, dict(MODES[mode])
     if "prefill_chunk_size" in options:
-        options = options | {"prefill_chunk_size": 25}
-    got, expected = run_both(build_model(), build_pair(3, 3), batch, reference=horizon, acd=horizon, **options)
+        options["prefill_chunk_size"] = 115
+    got, expected = run_both(*long_prompt(), reference=horizon, acd=horizon, **options)
     assert_same(got, expected)
 
 
@@ -127,8 +131,8 @@ class TestAssisted:
         assert_same(got, expected)
 
     def test_long_prompt(self, name):
-        draft, batch = agreeing_draft(build_model(name)), build_batch((30,))
-        got, expected = run_both(build_model(name), build_pair(3, 3, scale=0.3), batch, assistant_model=draft)
+        draft = agreeing_draft(build_model(name))
+        got, expected = run_both(*long_prompt(name, rows=1, scale=0.3), assistant_model=draft)
         assert_same(got, expected)
 
     def test_prompt_lookup(self, name):
@@ -227,9 +231,9 @@ def test_output_logits_are_the_safe_stream(model, pair):
     torch.testing.assert_close(out.logits[0], reference(batch["input_ids"], None), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("length", [9, 60])
-def test_inputs_embeds(model, length):
-    batch, pair = build_batch((length,)), build_pair(7, 7)
+@pytest.mark.parametrize(("length", "pair"), [(9, build_pair()), (120, build_pair(2, 2))])
+def test_inputs_embeds(model, length, pair):
+    batch = build_batch((length,))
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
     got, expected = run_both(
         model, pair, {"inputs_embeds": embeds}, reference={"prompt": embeds, "mask": None}, num_beams=1
@@ -443,17 +447,13 @@ class TestCompiledDecoding:
 
     @pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma3", "gpt2", "lfm2"])
     @pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 4}, {"do_sample": True}])
-    @pytest.mark.parametrize("lengths", [(11, 7, 10), (40, 40)])
-    def test_equals_the_reference(self, name, how, lengths):
+    @pytest.mark.parametrize("long", [False, True])
+    def test_equals_the_reference(self, name, how, long):
         compiled, graphs = self.config()
-        got, expected = run_both(
-            build_model(name),
-            build_pair(4, 4),
-            build_batch(lengths),
-            cache_implementation="static",
-            compile_config=compiled,
-            **how,
-        )
+        setup = long_prompt(name) if long else (build_model(name), build_pair(), build_batch())
+        if long and "prefill_chunk_size" in how:
+            how = {"prefill_chunk_size": 115}
+        got, expected = run_both(*setup, cache_implementation="static", compile_config=compiled, **how)
         assert_same(got, expected)
         assert graphs
 
@@ -481,13 +481,15 @@ class TestCompiledDecoding:
         assert not graphs
 
     @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
-    def test_as_many_graphs_as_without_acd_at_any_length(self, name):
+    @pytest.mark.parametrize("chunk", [None, 115])
+    def test_as_many_graphs_as_without_acd_at_any_length(self, name, chunk):
         def count(new_tokens, processors):
-            model = build_model(name)
+            model, pair, batch = long_prompt(name)
             compiled, graphs = self.config()
-            acd = [ACDLogitsProcessor(model, build_pair())] if processors else []
+            acd = [ACDLogitsProcessor(model, pair)] if processors else []
             model.generate(
-                **build_batch(),
+                **(batch if chunk else build_batch()),
+                prefill_chunk_size=chunk,
                 logits_processor=acd,
                 do_sample=False,
                 max_new_tokens=new_tokens,
@@ -497,6 +499,17 @@ class TestCompiledDecoding:
             return len(graphs)
 
         assert count(4, True) == count(40, True) == count(40, False) > 0
+
+    @pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
+    def test_a_compiled_prefill_finds_the_cache_in_place(self, name):
+        """CUDA graphs need tensors whose address is marked as static, which cannot be done within them."""
+        model, pair, batch = long_prompt(name)
+        marked = []
+        for processors in ([], [ACDLogitsProcessor(model, pair)]):
+            options = {"compile_config": self.config()[0], "cache_implementation": "static", "prefill_chunk_size": 115}
+            out = model.generate(**batch, logits_processor=processors, **SCORES | options)
+            marked.append([hasattr(layer.keys, "_dynamo_static_input_type") for layer in out.past_key_values.layers])
+        assert marked[0] == marked[1]
 
     @staticmethod
     def config():

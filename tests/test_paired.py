@@ -1,6 +1,7 @@
 """The paired forward against the slow reference, architecture by architecture and layout by layout."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_every_architecture_equals_the_reference(name, lengths):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_long_prompt_equals_the_reference(name):
     """Soft prompts of one length in front of a long prompt need no mask and run with it."""
-    model, pair, batch = build_model(name), build_pair(3, 3), build_batch((24, 24))
+    model, pair, batch = build_model(name), build_pair(2, 2), build_batch((114, 114))
     plain = copy.deepcopy(model)
     reference = ReferenceProcessor(plain, pair, 0.5)
     acd = ACDLogitsProcessor(model, pair, alpha=0.5, beta=0.0)
@@ -41,15 +42,15 @@ def test_a_long_prompt_equals_the_reference(name):
 @pytest.mark.parametrize(
     ("lengths", "n_a", "attention", "masked"),
     [
-        ((24, 24), 3, "sdpa", False),
-        ((23, 23), 3, "sdpa", True),  # short: stored keys and values save more
-        ((24, 20), 3, "sdpa", True),  # padding and unequal soft prompts need a mask in any case
-        ((24, 24), 2, "sdpa", True),
-        ((24, 24), 3, "eager", True),  # which always takes one
+        ((114, 114), 2, "sdpa", False),
+        ((113, 113), 2, "sdpa", True),  # short: stored keys and values save more
+        ((114, 99), 2, "sdpa", True),  # padding and unequal soft prompts need a mask in any case
+        ((114, 114), 1, "sdpa", True),
+        ((114, 114), 2, "eager", True),  # which always takes one
     ],
 )
 def test_stored_prompts_are_left_where_they_cost_a_mask(lengths, n_a, attention, masked, monkeypatch):
-    model, pair, batch = build_model(), build_pair(3, n_a), build_batch(lengths)
+    model, pair, batch = build_model(), build_pair(2, n_a), build_batch(lengths)
     model.set_attn_implementation(attention)
     acd, widths, masks = ACDLogitsProcessor(model, pair), [], []
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -63,21 +64,31 @@ def test_stored_prompts_are_left_where_they_cost_a_mask(lengths, n_a, attention,
     model.generate(**build_batch((5,)), logits_processor=[acd], max_new_tokens=1)  # stores them
     widths.clear(), masks.clear()
     model.generate(**batch, logits_processor=[acd], max_new_tokens=1)
-    assert widths == [max(lengths) if masked else 3 + max(lengths)]
-    assert all((mask is not None) == masked for mask in masks)
+    assert widths == [max(lengths) if masked else 2 + max(lengths)]
+    assert [mask is not None for mask in masks] == [masked] * (3 if attention == "sdpa" else 0)  # of three layers
 
 
 @pytest.mark.parametrize(
-    ("batch", "n_a"), [(build_batch(), 9), (build_batch((40, 40)), 4)], ids=["short and padded", "long"]
+    ("lengths", "pair"),
+    [((11, 7, 10), build_pair(4, 9)), ((40, 40), build_pair(4, 4))],
+    ids=["masked", "unmasked"],
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_both_layouts_agree(name, batch, n_a):
-    model, pair = build_model(name), build_pair(4, n_a)
+def test_both_layouts_agree(name, lengths, pair):
+    model, batch = build_model(name), build_batch(lengths)
     acd = ACDLogitsProcessor(model, pair, beta=0.0)
     assert acd.streams.reusable
     reused = model.generate(**batch, logits_processor=[acd], **SCORES)
     acd.streams.reusable = False
     assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), reused)
+
+
+@pytest.mark.parametrize("length", [9, 114])
+def test_the_last_logits_by_a_negative_index(model, length):
+    acd, batch = ACDLogitsProcessor(model, build_pair(2, 2)), build_batch((length,))
+    expected = model.generate(**batch, logits_processor=[acd], **SCORES)
+    last = torch.tensor([-1])
+    assert_same(model.generate(**batch, logits_processor=[acd], logits_to_keep=last, **SCORES), expected)
 
 
 @pytest.mark.parametrize("name", ["mistral_sliding", "gemma3", "bloom", "mamba2", "bamba", "gpt_neo", "falcon_alibi"])
@@ -120,10 +131,36 @@ def test_soft_prompt_kv_is_computed_once(model, pair):
 def test_no_room_is_kept_that_the_call_cannot_fill(model, pair, share, slots, new_tokens):
     acd = ACDLogitsProcessor(model, pair, share_instruction_kv=share)
     out = model.generate(**build_batch((9,)), logits_processor=[acd], **SCORES | {"max_new_tokens": new_tokens})
-    for layer in out.past_key_values.layers:
-        used = slots + (new_tokens - 1) * (2 if share else 1)  # the last token is never run
-        assert layer.keys.shape[-2] == used
+    check_room(out.past_key_values, slots + (new_tokens - 1) * (2 if share else 1))  # the last token is never run
+    turn = torch.cat([out.sequences, torch.tensor([[7, 8, 9]])], dim=1)
+    used = slots + (new_tokens - 1 + 1 + 3 + 4) * (2 if share else 1)
+    again = {"past_key_values": out.past_key_values, "max_new_tokens": 5}
+    check_room(model.generate(turn, logits_processor=[acd], **SCORES | again).past_key_values, used)
+
+
+def test_no_room_is_kept_behind_embeddings(model, pair):
+    embeds = model.get_input_embeddings()(build_batch((9,))["input_ids"]).detach()
+    acd = ACDLogitsProcessor(model, pair)
+    check_room(model.generate(inputs_embeds=embeds, logits_processor=[acd], **SCORES).past_key_values, 7 + 9 + 11)
+
+
+def check_room(cache, slots):
+    for layer in cache.layers:
+        assert layer.keys.shape[-2] == slots
         assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_cache_is_copied_once_in_many_tokens(model, pair, share):
+    acd, places = ACDLogitsProcessor(model, pair, share_instruction_kv=share), []
+
+    def note(module, args, kwargs, output):
+        places.append(kwargs["past_key_values"].layers[0].keys.data_ptr())
+
+    model.model.register_forward_hook(note, with_kwargs=True)
+    model.generate(**build_batch((9,)), logits_processor=[acd], max_new_tokens=150, do_sample=False)
+    moves = sum(before != after for before, after in itertools.pairwise(places[-149:]))
+    assert moves == (4 if share else 2)  # in steps of 64 slots; shared, a token takes two
 
 
 def scale_in_place(model):
@@ -175,7 +212,7 @@ def test_hidden_states_and_attentions_have_the_plain_shapes(name, pair):
         assert shapes == [[list(layer.shape) for layer in step] for step in getattr(plain, key)]
 
 
-@pytest.mark.parametrize("length", [9, 32])
+@pytest.mark.parametrize("length", [9, 180])
 @pytest.mark.parametrize("n_a", [7, 4])
 def test_position_ids_of_the_user_are_kept(model, n_a, length):
     """The gap between soft prompt and prompt is no border between texts."""
@@ -252,6 +289,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match="cache_implementation='static'"):
             cache = StaticCache(config=model.config, max_cache_len=32)
             model.generate(**build_batch((9,)), past_key_values=cache, logits_processor=[acd])
+
+    def test_cache_cropped_to_nothing(self, model, pair):
+        """The soft prompts would stay, and the next call would put them there once more."""
+        acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
+        cache = model.generate(**batch, logits_processor=[acd], **SCORES).past_key_values
+        cache.crop(-cache.get_seq_length())
+        with pytest.raises(ValueError, match="changed outside ACD"):
+            model.generate(**batch, past_key_values=cache, logits_processor=[acd])
 
     @pytest.mark.parametrize("name", ["llama", "bloom", "mistral_sliding"])
     @pytest.mark.parametrize("change", ["crop", "reset", "reorder_cache"])

@@ -20,8 +20,8 @@ Where the soft prompts sit. With W = max(n_s, n_a), the prompts occupy W slots, 
 Merged is exact for every architecture: nothing stands between the soft prompt and x, so sliding windows, ALiBi
 distances and recurrent states come out as if the row were alone. Reused skips computing the soft prompts, which is
 most of the prefill, and is exact where a masked slot in between changes nothing: full attention over standard masks,
-with positions given by `position_ids`. `reuses_prefix` decides. A long x that needs no mask is merged all the same, as
-attention without a mask saves more than stored soft prompts do (`PairedCache._merges`).
+with positions given by `position_ids`. `reuses_prefix` decides. A long x that needs no mask is merged all the same
+under sdpa, which saves more without a mask than stored soft prompts do (`PairedCache._merges`).
 
 In both layouts the visible token j has slot W + j, and a row's soft prompt ends where its first real token begins
 (merged) or at slot W (reused). `PairedCache._shift` is that one difference: how far the soft prompt moves to the right
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
-_SPARE = 64  # tokens that a cache grows by at most: it is copied once in so many steps
+_LONG = 6400  # a prefill is long from the square root of this times W on
 
-_LONG = 8  # x is long from this many times the soft prompts on
+_SPARE = 64  # spare slots that a cache is given at most, each time it is copied
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 
@@ -55,7 +55,7 @@ _PAIRABLE = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "lo
 
 
 class PairedStreams:
-    """The two soft prompts on one model, and their keys and values, computed once and reused by every call.
+    """The two soft prompts on one model, and their keys and values, computed once for all calls that reuse them.
 
     Args:
         model: the decoder-only model both streams run on.
@@ -166,10 +166,12 @@ class PairedCache(Cache):
 
     def is_intact(self) -> bool:
         """Whether the inner cache holds what this object knows of: no crop, reset or exception came in between."""
-        if self.interrupted or self.inner is None or not self.seen:
+        if self.interrupted or self.inner is None:
             return not self.interrupted
-        rows, length = self._size()
         attention = [layer for layer in self.inner.layers if isinstance(layer, DynamicLayer | StaticLayer)]
+        if not self.seen:  # no soft prompts either
+            return not any(int(layer.get_seq_length()) for layer in attention)
+        rows, length = self._size()
         return all(int(layer.get_seq_length()) == length and len(layer.keys) == rows for layer in attention)
 
     # ----- what generate sees -----
@@ -262,14 +264,15 @@ class PairedCache(Cache):
         key, seen, positions = self._start(call)
         x = call[key]
         new = x.shape[1]
-        merges = self._merges(seen, new)
+        mask = self._mask(call.get("attention_mask"), seen + new, x.device)
+        merges = self._merges(seen, new, mask)
         if not seen and not merges:
             self._write_prompts(x.device)
 
         paired = PairedCall(call, cache=self, name=name, new=new)
         paired["return_dict"] = True
         paired[name] = self.inner
-        paired["attention_mask"] = self._mask(call.get("attention_mask"), seen + new, x.device)
+        paired["attention_mask"] = mask
         if name == "cache_params" and seen:
             paired["attention_mask"] = None  # a recurrent state has no slots left to mask
         positions = self._each(positions) + self._each_length(x.device)
@@ -278,8 +281,9 @@ class PairedCache(Cache):
             # Some of these slots hold soft prompt: the whole call goes through embeddings
             embeds, positions = self._merge_prompts(call, positions, seen, seen + new)
             paired["input_ids"], paired["inputs_embeds"] = None, embeds
-            if isinstance(call.get("logits_to_keep"), torch.Tensor) and not seen:
-                paired["logits_to_keep"] = call["logits_to_keep"] + self.streams.width
+            kept = call.get("logits_to_keep")
+            if isinstance(kept, torch.Tensor) and not seen:
+                paired["logits_to_keep"] = torch.where(kept < 0, kept, kept + self.streams.width)
         else:
             paired[key] = self._each(x)
         if self.streams.takes_positions:
@@ -400,15 +404,14 @@ class PairedCache(Cache):
             mask = torch.nn.functional.pad(mask, (0, max(0, self.inner.get_max_length() - width - length)))
         return mask
 
-    def _merges(self, seen: int, new: int) -> bool:
+    def _merges(self, seen: int, new: int, mask: torch.Tensor | None) -> bool:
         """Whether soft prompts run within a forward of `new` tokens behind `seen`, instead of being stored already."""
         if not self.reuses:
             return not seen or seen < self.longest_pad
         # Behind stored keys sdpa takes a mask, and computes the half of the square that it skips without one: in a
         # long forward that costs more than the soft prompts
-        unmasked = not self.longest_pad and len(set(self._lengths())) == 1
         attention = self.streams.model.config.get_text_config(decoder=True)._attn_implementation
-        return not seen and unmasked and attention == "sdpa" and new >= _LONG * self.streams.width
+        return not seen and mask is None and attention == "sdpa" and new**2 >= _LONG * self.streams.width
 
     def _write_prompts(self, device: torch.device) -> None:
         """Fill the W prompt slots of every row from the stored keys and values (reused layout)."""
@@ -483,7 +486,7 @@ class _GrowingLayer(DynamicLayer):
 
     keys: torch.Tensor
     values: torch.Tensor
-    limit = 0  # tokens that are expected at most: no spare room behind them
+    limit = 0  # slots that are expected at most: no spare room behind them
     _buffers: KeyValues | None = None  # keys and values, with room behind
     _written: torch.Tensor | None = None  # the keys as `update` left them
 
@@ -588,7 +591,11 @@ def roomier(cache: Cache, width: int, config: Any) -> Cache:
     lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
     if not isinstance(cache, StaticCache) or not lengths:
         return cache
-    return StaticCache(config=config, max_cache_len=max(lengths) + width, offloading=cache.offloading)
+    inner = StaticCache(config=config, max_cache_len=max(lengths) + width, offloading=cache.offloading)
+    for old, new in zip(cache.layers, inner.layers, strict=True):
+        if isinstance(old, StaticLayer) and old.is_initialized:  # ahead of a compiled prefill
+            new.lazy_initialization(*(torch.cat([kv[..., :0, :]] * 2) for kv in (old.keys, old.values)))
+    return inner
 
 
 def _cache_layers(model: PreTrainedModel) -> list[Any]:
