@@ -264,15 +264,14 @@ class PairedCache(Cache):
         key, seen, positions = self._start(call)
         x = call[key]
         new = x.shape[1]
-        mask = self._mask(call.get("attention_mask"), seen + new, x.device)
-        merges = self._merges(seen, new, mask)
+        merges = self._merges(seen, new)
         if not seen and not merges:
             self._write_prompts(x.device)
 
         paired = PairedCall(call, cache=self, name=name, new=new)
         paired["return_dict"] = True
         paired[name] = self.inner
-        paired["attention_mask"] = mask
+        paired["attention_mask"] = self._mask(call.get("attention_mask"), seen + new, x.device)
         if name == "cache_params" and seen:
             paired["attention_mask"] = None  # a recurrent state has no slots left to mask
         positions = self._each(positions) + self._each_length(x.device)
@@ -404,14 +403,15 @@ class PairedCache(Cache):
             mask = torch.nn.functional.pad(mask, (0, max(0, self.inner.get_max_length() - width - length)))
         return mask
 
-    def _merges(self, seen: int, new: int, mask: torch.Tensor | None) -> bool:
+    def _merges(self, seen: int, new: int) -> bool:
         """Whether soft prompts run within a forward of `new` tokens behind `seen`, instead of being stored already."""
         if not self.reuses:
             return not seen or seen < self.longest_pad
         # Behind stored keys sdpa takes a mask, and computes the half of the square that it skips without one: in a
         # long forward that costs more than the soft prompts
+        unmasked = not self.longest_pad and len(set(self._lengths())) == 1
         attention = self.streams.model.config.get_text_config(decoder=True)._attn_implementation
-        return not seen and mask is None and attention == "sdpa" and new**2 >= _LONG * self.streams.width
+        return not seen and unmasked and attention == "sdpa" and new**2 >= _LONG * self.streams.width
 
     def _write_prompts(self, device: torch.device) -> None:
         """Fill the W prompt slots of every row from the stored keys and values (reused layout)."""
