@@ -365,6 +365,10 @@ class PairedCache(Cache):
     def _lengths(self) -> tuple[int, ...]:
         return self.streams.lengths[:1] if self.alone else self.streams.lengths
 
+    def _fill_slots(self) -> bool:
+        """Whether every stream's soft prompt fills all W slots."""
+        return all(n == self.streams.width for n in self._lengths())
+
     def _each(self, tensor: torch.Tensor) -> torch.Tensor:
         """Repeat `[B, ...]` for every stream that still runs."""
         return tensor if self.alone else torch.cat([tensor, tensor])
@@ -389,7 +393,7 @@ class PairedCache(Cache):
         """Attention mask `[rows, W + length]` over soft prompts and visible tokens; `None` where all is visible."""
         width = self.streams.width
         # Without a cache as well as a mask, transformers takes positions with a gap for several texts in one row
-        if visible is None and self.inner is not None and all(n == width for n in self._lengths()):
+        if visible is None and self.inner is not None and self._fill_slots():
             return None
         if visible is None:
             visible = torch.ones(self.rows, length, dtype=torch.long, device=device)
@@ -405,13 +409,15 @@ class PairedCache(Cache):
 
     def _merges(self, seen: int, new: int) -> bool:
         """Whether soft prompts run within a forward of `new` tokens behind `seen`, instead of being stored already."""
+        if seen:
+            return not self.reuses and seen < self.longest_pad
         if not self.reuses:
-            return not seen or seen < self.longest_pad
+            return True
         # Behind stored keys sdpa takes a mask, and computes the half of the square that it skips without one: in a
         # long forward that costs more than the soft prompts
-        unmasked = not self.longest_pad and len(set(self._lengths())) == 1
+        unmasked = not self.longest_pad and self._fill_slots()
         attention = self.streams.model.config.get_text_config(decoder=True)._attn_implementation
-        return not seen and unmasked and attention == "sdpa" and new**2 >= _LONG * self.streams.width
+        return unmasked and attention == "sdpa" and new**2 >= _LONG * self.streams.width
 
     def _write_prompts(self, device: torch.device) -> None:
         """Fill the W prompt slots of every row from the stored keys and values (reused layout)."""
