@@ -147,6 +147,26 @@ def test_pushing_the_same_again_makes_no_commit(client, hub, folder):
     assert client(push, folder) == (first, None)
 
 
+@pytest.mark.parametrize("subfolder", ["pairs/short", "./pairs/short/"])
+def test_a_pair_in_a_subfolder(client, hub, folder, tmp_path, subfolder):
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    hub.add("org/many", {f"pairs/{place}/{name}": data for place in ("short", "long") for name, data in files.items()})
+    expected = contents(PromptPair.from_pretrained(folder))
+    assert client(load, "org/many", subfolder=subfolder, cache_dir=tmp_path) == expected
+    assert not hub.asked("pairs/long")
+
+
+def test_a_subfolder_outside_of_the_repository_is_not_asked_for(client, hub, folder, tmp_path):
+    client(push, folder)
+    asked = len(hub.requests)
+    with pytest.raises(
+        ValueError, match=r"subfolder must lie inside of the folder or repository, got '\.\./x'"
+    ) as error:
+        client(load, subfolder="../x", cache_dir=tmp_path)
+    assert_one_sentence(error)
+    assert len(hub.requests) == asked
+
+
 def test_offline_needs_a_warm_cache(client, hub, folder, tmp_path):
     assert huggingface_hub.constants.HF_HUB_OFFLINE  # this process is offline, the client's is not
     client(push, folder)

@@ -16,10 +16,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import numbers
 import os
+import reprlib
 import shutil
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +42,7 @@ from transformers.utils import logging
 from . import __version__
 from .model_card import CARD_NAME, generate_card, own_card
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
+from .ranges import check_alpha, check_beta
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +56,15 @@ CONFIG_NAME = "acd_config.json"
 STREAMS = ("safeguarding", "adversarial")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _WEIGHT = "prompt_embeddings"  # peft's name for the tensor of a prompt-tuning adapter
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # torch stores float8 but cannot compute in it
+# What a field of the config takes, by its annotation
+_KINDS: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "text"),
+    "dict[str, Any]": (dict, "a dict"),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,6 +84,11 @@ class PairConfig:
         share_instruction_kv: whether the instruction did not see the soft prompt in training (see `shared.py`).
         training: settings the pair was trained with.
         results: measured results, with sample sizes; `model_card` says in which form it shows them.
+
+    `training` and `results` are kept as JSON gives them back: tuples as lists, NaN and infinity as `None`.
+
+    Raises:
+        ValueError: for a value of another type, or out of its range.
     """
 
     format_version: int = FORMAT_VERSION
@@ -87,13 +104,23 @@ class PairConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _checked_field(field.name, str(field.type), getattr(self, field.name)))
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {self.format_version}.")
+        for name in ("hidden_size", "vocab_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        self.alpha, self.beta = float(check_alpha(self.alpha)), check_beta(self.beta)
+        for name in ("harmless_rate", "over_refusal"):
+            _check_rows(name, self.results.get(name))
+
     @classmethod
     def from_json_file(cls, path: Path) -> PairConfig:
         """Read `acd_config.json`; raise ValueError for what this version cannot read."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): download or save the pair again.") from None
+        values = _read_json(path)
         if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
             version = values.get("format_version") if isinstance(values, dict) else None
             raise ValueError(
@@ -103,7 +130,10 @@ class PairConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{path} has an unknown key {unknown[0]!r}: correct it or upgrade acd-logits.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 class PromptPair:
@@ -116,7 +146,8 @@ class PromptPair:
         config: what is known about the pair; `hidden_size` is filled in.
 
     Raises:
-        ValueError: if a prompt is not a finite `[n, hidden_size]` tensor, or the two differ in hidden size.
+        ValueError: if a prompt is not a finite `[n, hidden_size]` tensor of float16, bfloat16, float32 or float64, or
+            the two differ in hidden size.
     """
 
     def __init__(
@@ -130,7 +161,9 @@ class PromptPair:
                 f"the safeguarding prompt has hidden size {hidden_size}, the adversarial one "
                 f"{self.adversarial.shape[1]}: both must come from the same model."
             )
-        config = config or PairConfig()
+        config = PairConfig() if config is None else config
+        if not isinstance(config, PairConfig):
+            raise ValueError(f"config must be a PairConfig, got {type(config).__name__}.")
         if config.hidden_size not in (None, hidden_size):
             raise ValueError(f"{CONFIG_NAME} says hidden_size {config.hidden_size}, the prompts have {hidden_size}.")
         self.config = dataclasses.replace(config, hidden_size=hidden_size)
@@ -170,20 +203,16 @@ class PromptPair:
             adversarial: text of the adversarial prompt.
         """
         model = base_model(model)
-        embedding = model.get_input_embeddings()
-
-        @torch.no_grad()
-        def embed(text: str) -> torch.Tensor:
-            ids = torch.tensor(system_prompt_ids(tokenizer, text), dtype=torch.long, device=model.device)
-            return embedding(ids[None])[0]
-
-        return cls(embed(safe), embed(adversarial), PairConfig(**_model_facts(model)))
+        sp, ap = (_embed(model, system_prompt_ids(tokenizer, text)) for text in (safe, adversarial))
+        return cls(sp, ap, PairConfig(**_model_facts(model)))
 
     @property
     def digest(self) -> str:
         """Tells whether two pairs hold the same prompts, wherever they lie."""
         prompts = (self.safeguarding, self.adversarial)
-        return hashlib.sha256(b"".join(p.float().contiguous().numpy().tobytes() for p in prompts)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(p.float().cpu().contiguous().numpy().tobytes() for p in prompts)).hexdigest()[
+            :16
+        ]
 
     def check(self, model: PreTrainedModel) -> None:
         """Check that the pair fits a model.
@@ -226,18 +255,21 @@ class PromptPair:
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
             revision: branch, tag or commit on the Hub.
-            subfolder: where in the folder or repository the pair lies.
+            subfolder: where in the folder or repository the pair lies, such as "pairs/short".
             token: Hub token; `None` takes the one stored by `hf auth login`.
             cache_dir: where downloads are kept.
             local_files_only: use what is in the cache, ask nobody.
 
         Raises:
             OSError: if the pair, or a file of it, is missing or unreadable.
-            ValueError: if a file holds what this version cannot use.
+            ValueError: if a file holds what this version cannot use, or no folder or Hub id is named.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = _named_path("pretrained_model_name_or_path", pretrained_model_name_or_path, "a folder or a Hub id")
+        inside = PurePath() if subfolder in (None, "") else _named_path("subfolder", subfolder, "a folder's path")
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"subfolder must lie inside of the folder or repository, got {str(subfolder)!r}.")
         if not folder.is_dir():
-            prefix = f"{subfolder}/" if subfolder else ""
+            prefix = "" if inside == PurePath() else f"{inside.as_posix()}/"
             folder = _download(
                 str(pretrained_model_name_or_path),
                 allow_patterns=[prefix + CONFIG_NAME, *(f"{prefix}{s}/{f}" for s in STREAMS for f in ADAPTER_FILES)],
@@ -246,7 +278,7 @@ class PromptPair:
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
-        folder = folder / subfolder if subfolder else folder
+        folder = folder / inside
         if not (folder / CONFIG_NAME).is_file():
             raise OSError(f"{pretrained_model_name_or_path} holds no prompt pair: {CONFIG_NAME} is missing.")
         config = PairConfig.from_json_file(folder / CONFIG_NAME)
@@ -263,15 +295,17 @@ class PromptPair:
                 marked as generated.
 
         Raises:
-            ValueError: for a null prompt, which peft has no adapter for.
+            ValueError: for a null prompt, which peft has no adapter for, or a pair that was changed to what cannot be
+                loaded.
         """
-        target = Path(save_directory)
+        target = _named_path("save_directory", save_directory, "a folder")
+        config = PromptPair(self.safeguarding, self.adversarial, self.config).config  # checks them once more
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         try:
             for stream in STREAMS:
-                _save_adapter(temporary / stream, getattr(self, stream), self.config.base_model_name_or_path)
-            text = json.dumps(dataclasses.asdict(self.config), indent=2, ensure_ascii=False) + "\n"
+                _save_adapter(temporary / stream, getattr(self, stream), config.base_model_name_or_path)
+            text = json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n"
             (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
             (temporary / CARD_NAME).write_text(generate_card(self), encoding="utf-8")
             (target / CONFIG_NAME).unlink(missing_ok=True)
@@ -352,14 +386,24 @@ def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside a PeftModel or a `torch.compile(model)`.
 
     Raises:
-        ValueError: for a PeftModel with a learned prompt or prefix, which would stand between ACD's and the input.
+        ValueError: for a PeftModel without an active adapter, or with a learned prompt or prefix, which would stand
+            between ACD's and the input, or an activated LoRA, which peft places before there are two streams.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PeftModel):
-        if model.active_peft_config.is_prompt_learning:
-            kind = model.active_peft_config.peft_type.value
+        active = model.peft_config.get(model.active_adapter)
+        if active is None:  # it was deleted, and peft does not go on without
+            raise ValueError("this PeftModel has no active adapter left: pass its unload() instead.")
+        if active.is_prompt_learning:
+            kind = active.peft_type.value
             raise ValueError(f"this PeftModel brings a {kind} prompt of its own: pass its get_base_model() instead.")
-        return model.get_base_model()
+        model = model.get_base_model()
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(adapter, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"the adapter {name!r} is an activated LoRA (aLoRA), which peft cannot place in ACD's two streams: "
+                "load the model without it, or train a LoRA without alora_invocation_tokens."
+            )
     return model
 
 
@@ -374,15 +418,80 @@ def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     return {
         "base_model_name_or_path": model.name_or_path or None,
-        "hidden_size": model.get_input_embeddings().embedding_dim,
+        "hidden_size": _embed(model, [0]).shape[-1],  # of any embedding layer, wrapped by peft or not
         "vocab_size": config.vocab_size,
     }
 
 
+@torch.no_grad()
+def _embed(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """What the embedding layer gives for tokens, `[len(ids), hidden_size]`."""
+    device = "cpu" if model.device.type == "meta" else model.device  # accelerate's hooks bring it to offloaded weights
+    return model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=device))[0]
+
+
+def _checked_field(name: str, annotation: str, value: Any) -> Any:
+    """A field of the config, in the form that JSON gives back."""
+    kind, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
+    if value is None and optional:
+        return None
+    accepted, wanted = _KINDS[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
+        got = "null" if value is None else " ".join(reprlib.repr(value).split())
+        raise ValueError(f"{name} must be {wanted}{' or null' if optional else ''}, got {got}.")
+    if kind in ("bool", "int"):
+        return value
+    try:
+        if kind == "float":
+            return float(value)
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        text.encode()  # lone surrogates cannot be
+        return json.loads(text, parse_constant=lambda _: None)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name} must hold what JSON can hold (texts, numbers, lists, dicts): {error}.") from None
+
+
+def _check_rows(name: str, rows: Any) -> None:
+    """Check one of the lists of measured results that a model card shows."""
+    if not isinstance(rows or [], list):
+        raise ValueError(f"results must hold a list of rows under {name!r}, got {reprlib.repr(rows)}.")
+    for row in rows or []:
+        if not isinstance(row, dict):
+            raise ValueError(f"a row of the pair's measured results must be a dict, got {reprlib.repr(row)}.")
+        missing = {"benchmark", "method", "rate", "n"} - set(row)
+        if missing:
+            raise ValueError(f"a row of the pair's measured results has no {sorted(missing)[0]!r}: {row}.")
+        interval = row.get("interval") or []
+        shares: list[Any] = [row["rate"], *interval] if isinstance(interval, list) else [None]
+        if not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"a row of the pair's measured results must have a rate, and an interval of rates, from 0 to 1: {row}."
+            )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download or save the pair again.") from None
+
+
+def _named_path(argument: str, value: Any, wanted: str) -> Path:
+    if not isinstance(value, str | os.PathLike) or not value:
+        raise ValueError(f"{argument} must be {wanted}, got {reprlib.repr(value)}.")
+    return Path(value)
+
+
 def _checked(name: str, prompt: torch.Tensor) -> torch.Tensor:
-    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2 or not prompt.is_floating_point():
-        shape = list(prompt.shape) if isinstance(prompt, torch.Tensor) else type(prompt).__name__
-        raise ValueError(f"the {name} prompt must be a float tensor [num_virtual_tokens, hidden_size], got {shape}.")
+    plain = isinstance(prompt, torch.Tensor) and prompt.layout == torch.strided and not prompt.is_meta
+    if not plain or prompt.ndim != 2 or not prompt.shape[1] or prompt.dtype not in _DTYPES:
+        got = type(prompt).__name__
+        if isinstance(prompt, torch.Tensor):
+            got = f"{list(prompt.shape)} of {prompt.dtype} ({prompt.layout}, {prompt.device})"
+        raise ValueError(
+            f"the {name} prompt must be a float tensor [num_virtual_tokens, hidden_size] (float16, bfloat16, float32 "
+            f"or float64), got {got}."
+        )
     if not prompt.isfinite().all():
         raise ValueError(f"the {name} prompt holds NaN or infinite values: its training diverged, train it again.")
     return prompt.detach().clone()  # later changes to the caller's tensor are not ours
@@ -436,19 +545,26 @@ def _load_adapter(folder: Path) -> torch.Tensor:
         raise OSError(f"the pair has no {folder.name}/{weights.name} (weights are read from safetensors only).")
     if not config_file.is_file():
         raise OSError(f"the pair has no {folder.name}/{config_file.name}.")
-    config = PromptTuningConfig.from_pretrained(str(folder))
-    if config.peft_type != "PROMPT_TUNING":
-        raise ValueError(f"{config_file} is a {config.peft_type.value} adapter, not a prompt-tuning one.")
+    config = _read_json(config_file)
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise ValueError(f"{config_file} names no peft_type: save the adapter with peft again.")
+    if config["peft_type"] != "PROMPT_TUNING":
+        kind = " ".join(config["peft_type"].split())
+        raise ValueError(f"{config_file} is a {kind} adapter, not a prompt-tuning one.")
     try:
         tensors = load_file(weights)
     except (SafetensorError, ValueError) as error:
         raise OSError(f"{weights} is damaged ({error}): download or save the pair again.") from None
     if set(tensors) != {_WEIGHT}:
         raise ValueError(f"{weights} holds {sorted(tensors)}, expected one tensor {_WEIGHT!r}.")
-    prompt = tensors[_WEIGHT]
-    if len(prompt) != config.num_virtual_tokens:
+    try:
+        prompt = _checked(folder.name, tensors[_WEIGHT])
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from None
+    length = config.get("num_virtual_tokens")
+    if type(length) is not int or length != len(prompt) or not length:
         raise ValueError(
-            f"{weights} holds {len(prompt)} virtual tokens, its adapter_config.json says {config.num_virtual_tokens}."
+            f"{weights} holds {len(prompt)} virtual tokens, its adapter_config.json says {reprlib.repr(length)}."
         )
     return prompt
 
