@@ -40,6 +40,10 @@ from acd_logits.prompt_pair import PairConfig
 
 torch.set_num_threads(1)
 
+# Where tests of exactness run; scripts/gpu_check.py sets it to cuda
+DEVICE = os.environ.get("ACD_TEST_DEVICE", "cpu")
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # less exact than float32
+
 VOCAB, HIDDEN = 97, 32
 
 PAIR_FILES = [
@@ -76,7 +80,8 @@ ARCHITECTURES = {
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "mistral_sliding": MistralConfig(**_DECODER, sliding_window=6),
+    # Nine windows carry a soft prompt 9 * 17 tokens far, behind the longest text of these tests
+    "mistral_sliding": MistralConfig(**_DECODER | {"num_hidden_layers": 9}, sliding_window=18),
     "gpt2": GPT2Config(**_COMMON, n_embd=HIDDEN, n_layer=3, n_head=4, n_positions=256, initializer_range=0.3),
     "bloom": BloomConfig(**_COMMON, n_layer=3, n_head=4, initializer_range=0.3),
     "mixtral": MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2),
@@ -119,7 +124,7 @@ ARCHITECTURES = {
 def build_model(name="llama", seed=0):
     """A tiny random model whose tokens are far enough apart for float noise not to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name])).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name])).eval().to(DEVICE)
     model.generation_config.eos_token_id = None  # random models stop at random
     return model
 
@@ -127,7 +132,7 @@ def build_model(name="llama", seed=0):
 def build_pair(n_s=7, n_a=4, seed=1, scale=2.0, hidden=HIDDEN, **config):
     """Random soft prompts, loud enough to change what a tiny model says."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randn(n, hidden, generator=generator) * scale for n in (n_s, n_a)]
+    prompts = [(torch.randn(n, hidden, generator=generator) * scale).to(DEVICE) for n in (n_s, n_a)]
     return PromptPair(*prompts, PairConfig(**config))
 
 
@@ -136,7 +141,7 @@ def build_batch(lengths=(11, 7, 10), seed=3):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
     mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
-    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    return {"input_ids": ids.masked_fill(mask == 0, 0).to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def assert_same(got, expected):

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from acd_logits import ACDLogitsProcessor
-from conftest import HIDDEN, VOCAB, assert_same, build_batch, build_model, build_pair
+from conftest import DEVICE, HIDDEN, VOCAB, assert_same, build_batch, build_model, build_pair
 from reference import ReferenceProcessor
 
 ALPHA, BETA, NEW = 0.6, 0.05, 14
@@ -31,6 +31,7 @@ def run_both(model, pair, batch, reference=None, acd=None, seed=0, **kwargs):
     """The same generate call with the reference on an untouched copy, and with ACD."""
     plain = copy.deepcopy(model)
     kwargs = {"do_sample": False} | SCORES | kwargs
+    kwargs |= {"disable_compile": "compile_config" not in kwargs}  # on a GPU a static cache is compiled otherwise
     rows = max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
     mask = batch.get("attention_mask")
     options = {"alpha": ALPHA, "beta": BETA, "mask": None if mask is None else mask.repeat_interleave(rows, dim=0)}
@@ -111,7 +112,7 @@ def agreeing_draft(model):
     """The same weights; without a sliding window, since older transformers cannot draft once one is full."""
     config = copy.deepcopy(model.config)
     config.sliding_window = None
-    draft = type(model)(config).eval()
+    draft = type(model)(config).eval().to(DEVICE)
     draft.load_state_dict(model.state_dict())
     return draft
 
@@ -136,7 +137,7 @@ class TestAssisted:
         assert_same(got, expected)
 
     def test_prompt_lookup(self, name):
-        ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+        ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]], device=DEVICE)
         got, expected = run_both(build_model(name), build_pair(), {"input_ids": ids}, prompt_lookup_num_tokens=4)
         assert_same(got, expected)
 
@@ -156,7 +157,7 @@ class TestAssisted:
         model, pair, batch = build_model(name), build_pair(), build_batch((11,))
         plain, assistant = copy.deepcopy(model), build_model("llama", seed=5)
         scores = ReferenceProcessor(plain, pair, ALPHA, BETA)(batch["input_ids"], None)
-        probabilities = scores.softmax(-1)[0]
+        probabilities = scores.softmax(-1)[0].cpu()
         acd = ACDLogitsProcessor(model, pair, ALPHA, BETA)
         set_seed(0)
         counts = torch.zeros(VOCAB)
@@ -164,7 +165,7 @@ class TestAssisted:
             out = model.generate(
                 **batch, logits_processor=[acd], assistant_model=assistant, do_sample=True, max_new_tokens=2, top_k=0
             )
-            counts[out[0, 11]] += 1
+            counts[out[0, 11].item()] += 1
         assert counts[probabilities == 0].sum() == 0
         assert 0.5 * (counts / 400 - probabilities).abs().sum() < 0.15  # total variation
 
@@ -194,7 +195,7 @@ def test_horizon_drops_the_adversarial_rows():
 PROCESSED = {
     "min_new_tokens": (
         {"min_new_tokens": 8, "eos_token_id": 51},
-        lambda: MinNewTokensLengthLogitsProcessor(11, 8, 51),
+        lambda: MinNewTokensLengthLogitsProcessor(11, 8, 51, device=DEVICE),
     ),
     "bad_words_ids": (
         {"bad_words_ids": [[4], [40, 41], *[[i] for i in range(60, 80)]]},
@@ -249,7 +250,7 @@ def test_second_turn_from_a_cache(name, user_made):
     acd = ACDLogitsProcessor(model, pair, ALPHA, BETA)
     given = {"past_key_values": DynamicCache(config=model.config)} if user_made else {}
     first = model.generate(**batch, **given, logits_processor=[acd], do_sample=False, **SCORES)
-    ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]]).repeat(3, 1)], dim=1)
+    ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]], device=DEVICE).repeat(3, 1)], dim=1)
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, NEW + 3), value=1)
     turn = {"input_ids": ids, "attention_mask": mask}
     cache = given.get("past_key_values", first.past_key_values)
@@ -262,7 +263,7 @@ def test_second_turn_with_only_the_new_tokens(model, pair):
     batch, plain = build_batch((9,)), copy.deepcopy(model)
     acd = ACDLogitsProcessor(model, pair, ALPHA, BETA)
     first = model.generate(**batch, logits_processor=[acd], do_sample=False, **SCORES)
-    new = torch.tensor([[7, 8, 9]])
+    new = torch.tensor([[7, 8, 9]], device=DEVICE)
     whole = torch.cat([first.sequences, new], dim=1)
     # The last token of a turn is not in the cache yet, so it is among the new ones
     second = model.generate(
@@ -304,7 +305,7 @@ def test_stopping_criteria_and_recovery_from_one_that_raises(model, pair):
         def __call__(self, input_ids, scores, **kwargs):
             if self.error and input_ids.shape[1] >= self.length:
                 raise self.error
-            return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+            return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=DEVICE)
 
     acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
     kwargs = {"logits_processor": [acd], "do_sample": False, "max_new_tokens": NEW}
@@ -561,7 +562,7 @@ class TestIsolation:
         class Signal(StoppingCriteria):
             def __call__(self, input_ids, scores, **kw):
                 running.set()
-                return torch.full((len(input_ids),), done.is_set())
+                return torch.full((len(input_ids),), done.is_set(), device=DEVICE)
 
         thread = threading.Thread(
             target=model.generate,

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, T5Config, T5ForConditionalGenerati
 
 from acd_logits import ACDLogitsProcessor, PromptPair
 from acd_logits.logits_process import contrast
-from conftest import HIDDEN, VOCAB, assert_same, build_batch, build_model, build_pair
+from conftest import DEVICE, HIDDEN, VOCAB, assert_same, build_batch, build_model, build_pair
 from reference import ReferenceProcessor
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False, "max_new_tokens": 10}
@@ -93,7 +93,7 @@ def test_from_pretrained(model, tmp_path):
     pair.save_pretrained(tmp_path / "pair")
     acd = ACDLogitsProcessor.from_pretrained(tmp_path / "pair", model, beta=0.5)
     assert (acd.alpha, acd.beta) == (0.37, 0.5)
-    assert torch.equal(acd.pair.adversarial, pair.adversarial)
+    assert torch.equal(acd.pair.adversarial.cpu(), pair.adversarial.cpu())
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,12 @@ def test_from_pretrained(model, tmp_path):
         ({"alpha": -0.1}, "alpha must be finite and at least 0"),
         ({"alpha": torch.tensor([0.5, math.nan])}, "alpha must be finite and at least 0"),
         ({"alpha": torch.zeros(2, 2)}, r"alpha must be a number or a \[batch\] tensor"),
+        ({"alpha": "0.5"}, r"alpha must be a number or a \[batch\] tensor, got '0.5'"),
+        ({"alpha": {}}, r"alpha must be a number or a \[batch\] tensor"),
+        ({"beta": "0.1"}, "beta must lie between 0 and 1, got '0.1'"),
+        ({"beta": {}}, "beta must lie between 0 and 1"),
+        ({"share_instruction_kv": "false"}, "share_instruction_kv must be True or False, got 'false'"),
+        ({"frozen_model": 1}, "frozen_model must be True or False, got 1"),
         ({"beta": -0.1}, "beta must lie between 0 and 1"),
         ({"beta": 1.1}, "beta must lie between 0 and 1"),
         ({"beta": math.nan}, "beta must lie between 0 and 1"),
@@ -118,6 +124,11 @@ def test_options_out_of_range(model, pair, options, message):
         ACDLogitsProcessor(model, pair, **options)
     assert "\n" not in str(error.value)
     assert set(model.__dict__) == before
+
+
+def test_a_pair_of_another_kind(model, pair):
+    with pytest.raises(ValueError, match="pair must be a PromptPair, got tuple"):
+        ACDLogitsProcessor(model, (pair.safeguarding, pair.adversarial))
 
 
 def test_alpha_of_the_wrong_length(model, pair):
@@ -265,7 +276,7 @@ class TestAttachment:
     def test_save_pretrained_of_an_attached_model(self, model, pair, tmp_path):
         ACDLogitsProcessor(model, pair)
         model.save_pretrained(tmp_path)
-        twin = type(model).from_pretrained(tmp_path)
+        twin = type(model).from_pretrained(tmp_path).to(DEVICE)
         assert "generate" not in twin.__dict__
         twin.generation_config.eos_token_id = None
         assert_same(twin.generate(**build_batch(), **SCORES), model.generate(**build_batch(), **SCORES))

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from acd_logits import ACDLogitsProcessor
-from conftest import ARCHITECTURES, assert_same, build_batch, build_model, build_pair
+from conftest import ARCHITECTURES, DEVICE, assert_same, build_batch, build_model, build_pair
 from reference import ReferenceProcessor
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False, "max_new_tokens": 12}
@@ -52,7 +52,7 @@ def test_a_long_prompt_equals_the_reference(name):
 def test_stored_prompts_are_left_where_they_cost_a_mask(lengths, n_a, attention, masked, monkeypatch):
     model, pair, batch = build_model(), build_pair(2, n_a), build_batch(lengths)
     model.set_attn_implementation(attention)
-    acd, widths, masks = ACDLogitsProcessor(model, pair), [], []
+    acd, widths, masks = ACDLogitsProcessor(model, pair, frozen_model=True), [], []
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def note(*args, attn_mask=None, **kwargs):
@@ -87,7 +87,7 @@ def test_both_layouts_agree(name, lengths, pair):
 def test_the_last_logits_by_a_negative_index(model, length):
     acd, batch = ACDLogitsProcessor(model, build_pair(2, 2)), build_batch((length,))
     expected = model.generate(**batch, logits_processor=[acd], **SCORES)
-    last = torch.tensor([-1])
+    last = torch.tensor([-1], device=DEVICE)
     assert_same(model.generate(**batch, logits_processor=[acd], logits_to_keep=last, **SCORES), expected)
 
 
@@ -117,13 +117,22 @@ def test_null_prompts(name, n_s, n_a):
     assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
 
 
-def test_soft_prompt_kv_is_computed_once(model, pair):
-    acd = ACDLogitsProcessor(model, pair)
+@pytest.mark.parametrize(
+    ("frozen", "n_a", "lengths", "forwards"),
+    [
+        (True, 4, (9, 9), 2 + 3 * 2),  # SP and AP once, then prefill and one step per call
+        (False, 4, (9, 9), 3 * (2 + 2)),
+        (False, 7, (9, 9), 3 * (1 + 2)),  # prompts of one length take one forward
+        (False, 4, (9,), 3 * 2),  # and one row takes them with its own prefill
+    ],
+)
+def test_how_often_the_soft_prompts_run(model, frozen, n_a, lengths, forwards):
+    acd = ACDLogitsProcessor(model, build_pair(7, n_a), frozen_model=frozen)
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     for _ in range(3):
-        model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=2, do_sample=False)
-    assert len(calls) == 2 + 3 * 2  # SP and AP once, then prefill and one step per call
+        model.generate(**build_batch(lengths), logits_processor=[acd], max_new_tokens=2, do_sample=False)
+    assert len(calls) == forwards
 
 
 @pytest.mark.parametrize("new_tokens", [2, 30, 150])
@@ -132,7 +141,7 @@ def test_no_room_is_kept_that_the_call_cannot_fill(model, pair, share, slots, ne
     acd = ACDLogitsProcessor(model, pair, share_instruction_kv=share)
     out = model.generate(**build_batch((9,)), logits_processor=[acd], **SCORES | {"max_new_tokens": new_tokens})
     check_room(out.past_key_values, slots + (new_tokens - 1) * (2 if share else 1))  # the last token is never run
-    turn = torch.cat([out.sequences, torch.tensor([[7, 8, 9]])], dim=1)
+    turn = torch.cat([out.sequences, torch.tensor([[7, 8, 9]], device=DEVICE)], dim=1)
     used = slots + (new_tokens - 1 + 1 + 3 + 4) * (2 if share else 1)
     again = {"past_key_values": out.past_key_values, "max_new_tokens": 5}
     check_room(model.generate(turn, logits_processor=[acd], **SCORES | again).past_key_values, used)
@@ -179,7 +188,7 @@ def steer(model):
 
 
 @pytest.mark.parametrize("change", [scale_in_place, replace_storage, steer, lambda m: m.double()])
-def test_changed_model_drops_the_stored_kv(model, pair, change):
+def test_a_changed_model_is_followed(model, pair, change):
     acd = ACDLogitsProcessor(model, pair, beta=0.0)
     batch = build_batch()
     model.generate(**batch, logits_processor=[acd], **SCORES)
@@ -193,7 +202,8 @@ def test_changed_model_drops_the_stored_kv(model, pair, change):
 def test_a_copied_cache_goes_on_by_itself(model, pair):
     acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
     first = model.generate(**batch, logits_processor=[acd], **SCORES)
-    turn = {"inputs": torch.cat([first.sequences, torch.tensor([[5, 6]])], dim=1), "logits_processor": [acd]}
+    whole = torch.cat([first.sequences, torch.tensor([[5, 6]], device=DEVICE)], dim=1)
+    turn = {"inputs": whole, "logits_processor": [acd]}
     again = copy.deepcopy(first.past_key_values)
     expected = model.generate(**turn, past_key_values=first.past_key_values, **SCORES)
     assert_same(model.generate(**turn, past_key_values=again, **SCORES), expected)
@@ -217,7 +227,7 @@ def test_hidden_states_and_attentions_have_the_plain_shapes(name, pair):
 def test_position_ids_of_the_user_are_kept(model, n_a, length):
     """The gap between soft prompt and prompt is no border between texts."""
     plain, batch, pair = copy.deepcopy(model), build_batch((length,)), build_pair(4, n_a)
-    positions = torch.arange(length)[None] + 5
+    positions = torch.arange(length, device=DEVICE)[None] + 5
     acd = ACDLogitsProcessor(model, pair, beta=0.0)
     moved = model.generate(**batch, position_ids=positions, logits_processor=[acd], **SCORES)
     acd.streams.reusable = False
@@ -230,7 +240,123 @@ def test_position_ids_of_the_user_are_kept(model, n_a, length):
     assert not torch.allclose(usual.scores[0], moved.scores[0], atol=1e-4)
 
 
+def test_attentions_of_a_window_keep_the_real_keys(pair):
+    """At every step and layer, the keys shown are as many as without ACD, also where the window is full."""
+    model = build_model("gemma3")
+    model.set_attn_implementation("eager")
+    acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
+    kwargs = SCORES | {"output_attentions": True}
+    ours = model.generate(**batch, logits_processor=[acd], **kwargs)
+    plain = model.generate(**batch, **kwargs)
+    shapes = [[[list(layer.shape) for layer in step] for step in out.attentions] for out in (ours, plain)]
+    assert shapes[0] == shapes[1]
+    for layer in ours.attentions[-1]:  # what is left to the real keys there, none of them cut
+        assert bool((layer[..., -1, -1] > 0).all())
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_a_loop_that_leaves_positions_to_the_model(name, share, pair):
+    def loop(model, input_ids, logits_processor, past_key_values, **kwargs):
+        mask = kwargs.get("attention_mask")
+        logits = model(input_ids, attention_mask=mask, past_key_values=past_key_values).logits
+        return logits_processor(input_ids, logits[:, -1].float())
+
+    if share and name != "llama":
+        pytest.skip("not for this architecture")
+    model, batch = build_model(name), build_batch((9, 4))
+    acd = ACDLogitsProcessor(model, pair, alpha=0.5, beta=0.0, share_instruction_kv=share)
+    options = {"logits_processor": [acd], "custom_generate": loop, "max_new_tokens": 1}
+    both = model.generate(**batch, **options)
+    alone = model.generate(batch["input_ids"][1:, 5:], **options)
+    torch.testing.assert_close(both[1], alone[0], atol=1e-4, rtol=0)
+
+
+class TestRows:
+    """A decoding loop of one's own may select, repeat and copy rows between a forward and its contrast."""
+
+    def run(self, loop, lengths=(9, 9, 9), name="llama", **options):
+        model = build_model(name)
+        acd = ACDLogitsProcessor(model, build_pair(5, 5), beta=0.0)
+        options = {"max_new_tokens": 2, "do_sample": False} | options
+        return model.generate(**build_batch(lengths), logits_processor=[acd], custom_generate=loop, **options)
+
+    @pytest.mark.parametrize("rows", [[2, 0], [1]])
+    def test_selected_rows_take_their_own_adversarial_logits(self, rows):
+        def loop(model, input_ids, logits_processor, past_key_values, select, **kwargs):
+            logits = model(input_ids, past_key_values=past_key_values).logits[:, -1]
+            if select:
+                past_key_values.batch_select_indices(torch.tensor(rows, device=logits.device))
+                return logits_processor(input_ids[rows], logits[rows])
+            return logits_processor(input_ids, logits)[rows]
+
+        torch.testing.assert_close(self.run(loop, select=True), self.run(loop, select=False))
+
+    def test_repeated_rows(self):
+        def loop(model, input_ids, logits_processor, past_key_values, **kwargs):
+            logits = model(input_ids, past_key_values=past_key_values).logits[:, -1]
+            past_key_values.batch_repeat_interleave(2)
+            return logits_processor(input_ids.repeat_interleave(2, 0), logits.repeat_interleave(2, 0))
+
+        twice = self.run(loop)
+        torch.testing.assert_close(twice[::2], twice[1::2])
+        assert len(twice) == 6
+
+    def test_rows_that_the_cache_does_not_have(self):
+        """One row of adversarial logits would fit any number of candidates."""
+
+        def loop(model, input_ids, logits_processor, past_key_values, **kwargs):
+            logits = model(input_ids, past_key_values=past_key_values).logits[:, -1]
+            return logits_processor(input_ids.expand(3, -1), logits.expand(3, -1))
+
+        with pytest.raises(RuntimeError, match=r"a contrast of 3 rows, and ACD has 1 rows"):
+            self.run(loop, (9,))
+
+    def test_branches_of_one_cache(self):
+        """The processor belongs to the cache it was given: a copy's logits would meet another branch's."""
+
+        def loop(model, input_ids, logits_processor, past_key_values, **kwargs):
+            logits = model(input_ids, past_key_values=past_key_values).logits[:, -1]
+            logits_processor(input_ids, logits)
+            for token in (5, 6):
+                branch, step = copy.deepcopy(past_key_values), torch.full((3, 1), token, device=logits.device)
+                logits = model(step, past_key_values=branch).logits[:, -1]
+                logits_processor(torch.cat([input_ids, step], dim=1), logits)
+
+        with pytest.raises(RuntimeError, match="no adversarial logits for this position"):
+            self.run(loop)
+
+    def test_a_position_is_contrasted_once(self):
+        def loop(model, input_ids, logits_processor, past_key_values, **kwargs):
+            logits = model(input_ids, past_key_values=past_key_values).logits[:, -1]
+            logits_processor(input_ids, logits)
+            logits_processor(input_ids, logits)
+
+        with pytest.raises(RuntimeError, match="no adversarial logits for this position"):
+            self.run(loop)
+
+    def test_a_crop_into_another_rows_padding(self):
+        def loop(model, input_ids, logits_processor, past_key_values, **kwargs):
+            mask = kwargs["attention_mask"]
+            logits = model(input_ids, attention_mask=mask, past_key_values=past_key_values).logits[:, -1]
+            logits_processor(input_ids, logits)
+            past_key_values.crop(-6)
+
+        with pytest.raises(ValueError, match="5 padding tokens cannot be cropped to 3 tokens"):
+            self.run(loop, (9, 4), name="bloom")
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("share", [False, True])
+    @pytest.mark.parametrize("use_cache", [False, True])
+    def test_going_on_from_a_call_without_cache(self, model, pair, use_cache, share):
+        acd, batch = ACDLogitsProcessor(model, pair, share_instruction_kv=share), build_batch((9,))
+        out = model.generate(**batch, logits_processor=[acd], use_cache=False, **SCORES)
+        with pytest.raises(ValueError, match=r"comes from a call with use_cache=False and holds nothing"):
+            model.generate(
+                out.sequences, past_key_values=out.past_key_values, logits_processor=[acd], use_cache=use_cache
+            )
+
     def test_foreign_cache_with_tokens(self, model, pair):
         acd, batch, cache = ACDLogitsProcessor(model, pair), build_batch((9,)), DynamicCache(config=model.config)
         model(batch["input_ids"][:, :4], past_key_values=cache)

@@ -7,7 +7,7 @@ import torch
 from transformers.utils import logging
 
 from acd_logits import ACDLogitsProcessor
-from conftest import assert_same, build_batch, build_model, build_pair
+from conftest import DEVICE, assert_same, build_batch, build_model, build_pair
 from reference import SharedReference
 
 ALPHA = 0.7
@@ -65,7 +65,7 @@ def test_every_way_to_decode(model, pair, options, horizon):
     single = "prompt_lookup_num_tokens" in options
     inputs = build_batch((9,) if single else (11, 7, 10))
     if single:  # something to find in the prompt
-        inputs["input_ids"] = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5]])
+        inputs["input_ids"] = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5]], device=DEVICE)
     both(model, pair, inputs, horizon=horizon, **options)
 
 
@@ -94,7 +94,7 @@ def test_a_second_turn_goes_on(model, pair):
     acd = ACDLogitsProcessor(model, pair, alpha=ALPHA, beta=0.0, share_instruction_kv=True)
     inputs = build_batch((9,))
     first = generate(model, inputs, acd, max_new_tokens=4)
-    ids = torch.cat([first.sequences, torch.tensor([[12, 13, 14]])], 1)
+    ids = torch.cat([first.sequences, torch.tensor([[12, 13, 14]], device=DEVICE)], 1)
     second = generate(model, {"input_ids": ids}, acd, past_key_values=first.past_key_values)
     reference = SharedReference(model, pair, ALPHA)
     reference.start = 9
@@ -117,7 +117,7 @@ def test_past_the_horizon_one_stream_is_left(model, pair):
 
 
 def test_the_prompt_runs_once_without_a_soft_prompt(model, pair, monkeypatch):
-    acd = ACDLogitsProcessor(model, pair, share_instruction_kv=True)
+    acd = ACDLogitsProcessor(model, pair, share_instruction_kv=True, frozen_model=True)
     sizes = []
     model.model.register_forward_hook(lambda _, __, out: sizes.append(tuple(out.last_hidden_state.shape[:2])))
     generate(model, build_batch((11, 7)), acd, max_new_tokens=3)

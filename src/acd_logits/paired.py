@@ -6,22 +6,27 @@
    the 2B rows [SP; x] and [AP; x] inside, in the order S rows, A rows. Every operation `generate` has on a cache
    (reorder, crop, repeat, select) is translated. All state of a call lives in it, so there are no globals and no
    thread-locals, and one processor serves several threads.
-2. A forward pre-hook on the model turns a call that carries a `PairedCache` into a call of 2B rows over the inner
-   cache, and a forward hook hands back the S rows, keeping the A rows' logits for the processor. A call without a
-   `PairedCache` passes through untouched. Hooks, rather than a new `forward`, leave the model's signature,
+2. A forward pre-hook on the model (`attach.py`) turns a call that carries a `PairedCache` into a call of 2B rows over
+   the inner cache, and a forward hook hands back the S rows, keeping the A rows' logits for the processor. A call
+   without a `PairedCache` passes through untouched. Hooks, rather than a new `forward`, leave the model's signature,
    accelerate's device hooks and a compiled forward as they are.
-3. `PairedStreams` holds what outlives a call: the two soft prompts and their keys and values.
+3. `PairedStreams` (`streams.py`) holds what outlives a call: the two soft prompts and their keys and values.
+
+Every forward whose logits choose a token owes a contrast (`owed.py`): what comes next raises unless the processor has
+asked for it.
 
 Where the soft prompts sit. With W = max(n_s, n_a), the prompts occupy W slots, and x sits behind them:
 
     merged:   [pad | soft | x]       the row's left padding moves in front of the soft prompt
-    reused:   [pad | soft | pad | x]  the W prompt slots are written from stored keys and values; x's padding stays put
+    reused:   [pad | soft | pad | x]  the W prompt slots are written from keys and values that one forward of the soft
+                                     prompts gives for all rows; x's padding stays put
 
-Merged is exact for every architecture: nothing stands between the soft prompt and x, so sliding windows, ALiBi
-distances and recurrent states come out as if the row were alone. Reused skips computing the soft prompts, which is
-most of the prefill, and is exact where a masked slot in between changes nothing: full attention over standard masks,
-with positions given by `position_ids`. `reuses_prefix` decides. A long x that needs no mask is merged all the same
-under sdpa, which saves more without a mask than stored soft prompts do (`PairedCache._merges`).
+Merged is exact for every architecture that handles left padding: nothing stands between the soft prompt and x, so
+sliding windows, ALiBi distances and recurrent states come out as if the row were alone. Reused computes each soft
+prompt once instead of once a row, and is exact where a masked slot in between changes nothing: full attention over
+standard masks, with positions given by `position_ids`. `reuses_prefix` decides. One row is merged all the same, which
+costs no forward more, and so is a long x that needs no mask under sdpa, which saves more without a mask than
+`key_values` does (`PairedCache._merges`).
 
 In both layouts the visible token j has slot W + j, and a row's soft prompt ends where its first real token begins
 (merged) or at slot W (reused). `PairedCache._shift` is that one difference: how far the soft prompt moves to the right
@@ -30,92 +35,23 @@ over x's left padding.
 
 from __future__ import annotations
 
-import inspect
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
-from transformers.masking_utils import create_masks_for_generate
+
+from .call import PairedCall, check_pairable
+from .layers import SLIPPED, GrowingLayer, TakenLayer, cache_layers
+from .owed import Owed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Callable
+
     from transformers.utils import ModelOutput
 
-KeyValues = tuple[torch.Tensor, torch.Tensor]
+    from .streams import PairedStreams
 
-_LONG = 6400  # a prefill is long from the square root of this times W on
-
-_SPARE = 64  # spare slots that a cache is given at most, each time it is copied
-
-CACHE_NAMES = ("past_key_values", "cache_params")
-
-# What a paired forward may carry besides non-tensors; any other tensor would need a meaning in the other stream
-_PAIRABLE = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits_to_keep", *CACHE_NAMES}
-
-
-class PairedStreams:
-    """The two soft prompts on one model, and their keys and values, computed once for all calls that reuse them.
-
-    Args:
-        model: the decoder-only model both streams run on.
-        safeguarding: SP, `[n_s, hidden_size]`.
-        adversarial: AP, `[n_a, hidden_size]`.
-    """
-
-    def __init__(self, model: PreTrainedModel, safeguarding: torch.Tensor, adversarial: torch.Tensor) -> None:
-        self.model = model
-        self.prompts = (safeguarding, adversarial)
-        self.lengths = (len(safeguarding), len(adversarial))
-        self.width = max(self.lengths)
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.num_layers = len(_cache_layers(model))
-        self.reusable = reuses_prefix(model)
-        self._lock = threading.Lock()
-        self._stored: tuple[object, list[KeyValues]] | None = None
-
-    def key_values(self, device: torch.device) -> list[KeyValues]:
-        """Keys and values of both soft prompts, per layer, each `[2, heads, W, head_dim]`, left-padded with zeros.
-
-        Computed again when the weights or the active adapters have changed since the last call.
-        """
-        with self._lock:
-            state = _fingerprint(self.model), tuple(prompt._version for prompt in self.prompts)
-            if self._stored is None or self._stored[0] != state:
-                with torch.no_grad():
-                    streams = [self._run_prompt(prompt, device) for prompt in self.prompts]
-                    layers = [
-                        (self._join(safe[0], adversarial[0]), self._join(safe[1], adversarial[1]))
-                        for safe, adversarial in zip(*streams, strict=True)
-                    ]
-                self._stored = (state, layers)
-            return self._stored[1]
-
-    def make_cache(self, inner: Cache | None) -> PairedCache:
-        """The cache of one call, as of [`PairedCache`]."""
-        return PairedCache(self, inner)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PairedStreams:
-        return self  # a copy of a conversation's cache goes on with the same model and prompts
-
-    def _run_prompt(self, prompt: torch.Tensor, device: torch.device) -> list[KeyValues]:
-        """Keys and values of one soft prompt, per layer, each `[1, heads, n, head_dim]`."""
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        # A null prompt has no keys: run one token for their shape and crop it off again
-        token = self.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=device))
-        embeds = prompt.to(token)[None] if len(prompt) else token
-        self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **self._positions(embeds))
-        if not len(prompt):
-            cache.crop(-1)
-        return [(layer.keys, layer.values) for layer in cache.layers]
-
-    def _positions(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Position ids of a soft prompt, where they are not the model's own, from 0 on."""
-        return {}
-
-    def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
-        """`[2, heads, W, head_dim]`."""
-        return _stack(safe, adversarial)
+_LONG = 6400  # a prefill of at least sqrt(_LONG * W) tokens is long
 
 
 class PairedCache(Cache):
@@ -131,11 +67,13 @@ class PairedCache(Cache):
     def __init__(self, streams: PairedStreams, inner: Cache | None) -> None:
         self.streams = streams
         self.inner = inner
-        self.reuses = False
-        if inner is not None and streams.reusable:
-            self.reuses = all(type(layer) in (DynamicLayer, StaticLayer) for layer in inner.layers)
-            if self.reuses and isinstance(inner, DynamicCache) and not inner.offloading:
-                inner.layers = [_GrowingLayer() for _ in range(streams.num_layers)]
+        self.reuses = bool(
+            inner is not None
+            and streams.reusable
+            and all(type(layer) in (DynamicLayer, StaticLayer) for layer in inner.layers)
+        )
+        self.grows = self.reuses and isinstance(inner, DynamicCache) and not inner.offloading
+        self.seen = self.max_length = 0
         self.reset()
 
     def begin_call(
@@ -160,9 +98,7 @@ class PairedCache(Cache):
         # [B]: left padding of x
         self.pads: torch.Tensor | None = None if prompt_mask is None else (prompt_mask.cumsum(-1) == 0).sum(-1)
         self.longest_pad = 0 if self.pads is None else int(self.pads.max())
-        # [B, kept, vocab]: logits of the last forward's A rows
-        self.adversarial: torch.Tensor | None = None
-        self.drafting = False
+        self.owed = Owed(prompt_length, offset)
 
     def is_intact(self) -> bool:
         """Whether the inner cache holds what this object knows of: no crop, reset or exception came in between."""
@@ -172,7 +108,8 @@ class PairedCache(Cache):
         if not self.seen:  # no soft prompts either
             return not any(int(layer.get_seq_length()) for layer in attention)
         rows, length = self._size()
-        return all(int(layer.get_seq_length()) == length and len(layer.keys) == rows for layer in attention)
+        filled = [layer for layer in attention if layer.is_initialized]  # not those of cross-attention
+        return all(int(layer.get_seq_length()) == length and len(layer.keys) == rows for layer in filled)
 
     # ----- what generate sees -----
 
@@ -191,33 +128,50 @@ class PairedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything held."""
-        if self.inner is not None and self.inner.layers:
+        self.alone = False  # True once the adversarial rows are dropped
+        self.restart()
+        self.begin_call(0, 0, 0, None, None)
+
+    def restart(self) -> None:
+        """Forget the tokens held, to run the same call's text once more from its first token."""
+        if self.inner is not None and self.grows:
+            self.inner.layers = [GrowingLayer() for _ in range(self.streams.num_layers)]
+            self._limit_layers()
+        elif isinstance(self.inner, DynamicCache) and self.seen:
+            self.inner.layers = cache_layers(self.streams.model)
+        elif self.inner is not None and self.inner.layers:
             self.inner.reset()
         self.rows = 0
         self.seen = 0
-        self.alone = False  # True once the adversarial rows are dropped
         self.interrupted = False  # True while a forward runs, and for ever if it raised
-        self.last = 0  # visible length at the last kept position
-        self.begin_call(0, 0, 0, None, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select the rows that live on in beam search, `[B]`."""
-        self.pads = None if self.pads is None else self.pads.index_select(0, beam_idx.to(self.pads.device))
+        self._for_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
         if self.inner is not None:
             self.inner.reorder_cache(self._both(beam_idx))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` visible tokens (a value of 0 or less, as in transformers)."""
+        """Remove the last `-tokens_to_remove` visible tokens (a value of 0 or less, as in transformers).
+
+        Raises:
+            ValueError: for a positive number, or where another row's padding would be cropped.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of tokens, got {tokens_to_remove}.")
-        self.adversarial = None  # what comes before the next forward is drafting
+        if tokens_to_remove and not self.reuses and 0 < self.seen + tokens_to_remove < self.longest_pad:
+            raise ValueError(
+                f"a padded prompt of {self.longest_pad} padding tokens cannot be cropped to "
+                f"{self.seen + tokens_to_remove} tokens: start again without past_key_values."
+            )
+        self.owed.drop()
         if self.inner is not None:
             self.inner.crop(tokens_to_remove)
             self.seen += tokens_to_remove
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies side by side."""
-        self.pads = None if self.pads is None else self.pads.repeat_interleave(repeats, dim=0)
+        self._for_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
         self.rows *= repeats
         if self.inner is not None:
             self.inner.batch_repeat_interleave(repeats)
@@ -225,14 +179,18 @@ class PairedCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the given rows only."""
         both = self._both(indices)
-        self.pads = None if self.pads is None else self.pads[indices]
+        self._for_rows(lambda rows: rows[indices.to(rows.device)])
         self.rows = len(both) * self.rows // self._size()[0]
         if self.inner is not None:
             self.inner.batch_select_indices(both)
 
+    def _for_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a selection of visible rows to what is kept of each."""
+        self.pads = None if self.pads is None else select(self.pads)
+        self.owed.select(select)
+
     def activate_past_recording(self) -> None:
         """Keep states that a later `crop` may need; generate calls it where it drafts candidates."""
-        self.drafting = True
         if self.inner is not None:
             self.inner.activate_past_recording()
 
@@ -242,10 +200,7 @@ class PairedCache(Cache):
         Raises:
             RuntimeError: always.
         """
-        raise RuntimeError(
-            "this cache belongs to ACD, but the model's forward ran without its hooks, so no contrast was applied: "
-            "call the model itself (not its submodules), with its ACDLogitsProcessor still attached."
-        )
+        raise RuntimeError(SLIPPED)
 
     update_conv_state = update_recurrent_state = update_indexer = has_previous_state = update
 
@@ -296,6 +251,7 @@ class PairedCache(Cache):
             The argument that carries x, how many visible tokens are held, and the position ids of x, `[B, tokens]`.
         """
         check_pairable(call)
+        self.owed.check()
         key = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
         rows, new = call[key].shape[:2]
         if self.rows and self.inner is not None and rows != self.rows:
@@ -304,47 +260,45 @@ class PairedCache(Cache):
         self.interrupted = True  # from here on, until `_finish`, this object and the inner cache change
         self._drop_adversarial_rows(call)
         seen = self.seen if self.inner is not None else 0
-        positions = call.get("position_ids")
-        if positions is None:
+        positions, mask = call.get("position_ids"), call.get("attention_mask")
+        if positions is None and mask is not None:  # as generate counts them
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen : seen + new]
+        elif positions is None:
             positions = torch.arange(seen, seen + new, device=call[key].device)[None]
         return key, seen, positions.expand(rows, new)
 
-    def _finish(self, call: PairedCall) -> None:
+    def _finish(self, call: PairedCall, kept: int, adversarial: torch.Tensor | None) -> None:
+        """Note a forward with logits of its `kept` last positions, the adversarial ones `[B, kept, vocab]`."""
         if self.inner is not None:
             self.seen += call.new
-        self.last = self.seen if self.inner is not None else call.new
+            self._check_filled()
+        self.owed.note(self.seen if self.inner is not None else call.new, kept, adversarial)
         self.interrupted = False
+
+    def _check_filled(self) -> None:
+        layers = (layer for layer in self.layers if isinstance(layer, DynamicLayer))
+        first = next(layers, None)
+        if first is not None and not first.get_seq_length():
+            raise RuntimeError(
+                "the model's forward did not fill its cache, which gradient checkpointing turns off in train mode: "
+                "call model.eval() before generate()."
+            )
 
     def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:
         """Hand back the S rows of an output of 2B rows, and keep the A rows' logits."""
         both = output.logits[:, -call.new :]
-        self.adversarial = None if self.alone else both[self.rows :]
         for key, value in output.items():
             output[key] = self._visible(value, call.new)
         output["logits"] = both[: self.rows]
         if self.inner is not None:
             output[call.name] = self
-        self._finish(call)
+        self._finish(call, both.shape[1], None if self.alone else both[self.rows :])
         return output
 
-    def adversarial_logits(self, ids_length: int) -> torch.Tensor | None:
-        """Adversarial logits `[B, vocab]` for the token that follows `ids_length` input ids.
-
-        Returns:
-            The logits, or `None` while a draft model or prompt lookup asks before the model itself has run.
-
-        Raises:
-            RuntimeError: if no paired forward covers that position.
-        """
-        if self.adversarial is None and self.drafting:
-            return None
-        back = self.last - self.offset - ids_length
-        if self.adversarial is None or not 0 <= back < self.adversarial.shape[1]:
-            raise RuntimeError(
-                "ACD has no adversarial logits for this position: the decoding loop did not call the model with the "
-                "cache that generate() prepared, so the contrast cannot be applied."
-            )
-        return self.adversarial[:, -1 - back]
+    def must_restart(self, length: int) -> bool:
+        """Whether a text of `length` visible tokens has other rotary frequencies than the keys held."""
+        limit, width = self.streams.switches_at, self.streams.width
+        return limit is not None and self.seen > 0 and self.seen + width <= limit < length + width
 
     # ----- rows, slots, masks -----
 
@@ -359,7 +313,7 @@ class PairedCache(Cache):
     def _limit_layers(self) -> None:
         """Let the layers grow to what this call can fill; its last token never enters them."""
         for layer in self.layers:
-            if isinstance(layer, _GrowingLayer):
+            if isinstance(layer, GrowingLayer):
                 layer.limit = self._slots_for(self.max_length - 1)
 
     def _lengths(self) -> tuple[int, ...]:
@@ -413,6 +367,8 @@ class PairedCache(Cache):
             return not self.reuses and seen < self.longest_pad
         if not self.reuses:
             return True
+        if self.rows == 1 and not self.streams.frozen:
+            return True
         # Behind stored keys sdpa takes a mask, and computes the half of the square that it skips without one: in a
         # long forward that costs more than the soft prompts
         unmasked = not self.longest_pad and self._fill_slots()
@@ -423,10 +379,10 @@ class PairedCache(Cache):
         """Fill the W prompt slots of every row from the stored keys and values (reused layout)."""
         assert self.inner is not None
         count = torch.tensor([self.rows, 0 if self.alone else self.rows], device=device)
-        for index, (keys, values) in enumerate(self.streams.key_values(device)):
-            if keys.shape[-2]:
-                repeats = count.to(keys.device)
-                self.inner.update(keys.repeat_interleave(repeats, 0), values.repeat_interleave(repeats, 0), index)
+        for index, layer in enumerate(self.streams.key_values(device)):
+            if layer is not None and layer[0].shape[-2]:
+                repeats = count.to(layer[0].device)
+                self.inner.update(*(kv.repeat_interleave(repeats, 0) for kv in layer), index)
 
     def _merge_prompts(
         self, call: dict[str, Any], positions: torch.Tensor, start: int, stop: int
@@ -479,177 +435,13 @@ class PairedCache(Cache):
             return value
         value = value[: self.rows]
         if value.ndim == 4:
-            return value[:, :, -new:, self.streams.width :]
+            visible = self.seen + new if self.inner is not None else new
+            soft = value.shape[-1] - visible  # keys of soft prompts, some or all of which a window has lost
+            return value[:, :, -new:, min(max(soft, 0), self.streams.width) :]
         return value[:, -new:] if value.ndim == 3 else value
 
 
-class _GrowingLayer(DynamicLayer):
-    """A dynamic cache layer that writes new tokens into spare room, where the stock one copies itself at every token.
-
-    Under ACD a cache holds twice the rows, and the soft prompts in front: for SmolLM2 at batch 8 on two cores, the
-    copies took 8 of 89 ms per token.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    limit = 0  # slots that are expected at most: no spare room behind them
-    _buffers: KeyValues | None = None  # keys and values, with room behind
-    _written: torch.Tensor | None = None  # the keys as `update` left them
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValues:
-        """Append `[rows, heads, tokens, head_dim]` keys and values; return all."""
-        if torch.compiler.is_compiling():  # which would compile again for every new buffer
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        if start and len(self.keys) != len(key_states):  # one row would be copied to all by broadcasting
-            raise ValueError(
-                f"this cache holds {len(self.keys)} rows, but the model was called with {len(key_states)}."
-            )
-        stop = start + key_states.shape[-2]
-        # Cropped or reordered keys are tensors of their own, and move into new buffers
-        if self._buffers is None or self.keys is not self._written or stop > self._buffers[0].shape[-2]:
-            room = max(stop, min(stop + _SPARE, self.limit))
-            self._buffers = (
-                _buffer(self.keys, key_states, start, room),
-                _buffer(self.values, value_states, start, room),
-            )
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., start:stop, :] = new
-        self.keys, self.values = self._buffers[0][..., :stop, :], self._buffers[1][..., :stop, :]
-        self._written = self.keys
-        return self.keys, self.values
-
-
-def _buffer(old: torch.Tensor, new: torch.Tensor, start: int, room: int) -> torch.Tensor:
-    """Room for `room` tokens, with the `start` tokens of `old` in place."""
-    rows, heads, _, head_dim = new.shape
-    buffer = new.new_empty(rows, heads, room, head_dim)
-    if start:
-        buffer[..., :start, :] = old
-    return buffer
-
-
-class PairedCall(dict[str, Any]):
-    """Keyword arguments of a paired forward. Torch hands this very object to the forward hook."""
-
-    def __init__(self, call: dict[str, Any], cache: PairedCache, name: str, new: int) -> None:
-        super().__init__(call)
-        self.cache, self.name, self.new = cache, name, new
-
-    def static(self) -> dict[str, Any]:
-        """The same call with the mask over all slots of a static cache, whose shape stays the same at every token."""
-        model = self.cache.streams.model
-        x = self["input_ids"] if self.get("input_ids") is not None else self["inputs_embeds"]
-        make_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-        mask = make_masks(
-            config=model.config,
-            inputs_embeds=torch.empty(*x.shape[:2], 0, dtype=model.dtype, device=x.device),
-            attention_mask=self["attention_mask"],
-            past_key_values=self[self.name],
-            position_ids=self.get("position_ids"),
-        )
-        return dict(self) | {"attention_mask": mask}
-
-
-def pre_forward_hook(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[()], PairedCall] | None:
-    """Turn a call that carries a `PairedCache` into a call of 2B rows; leave any other call alone."""
-    if args and any(isinstance(value, PairedCache) for value in (*args, *kwargs.values())):
-        names = list(inspect.signature(model.forward).parameters)
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
-    paired = pair_call(model, kwargs)
-    return None if paired is None else ((), paired)
-
-
-def pair_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> PairedCall | None:
-    """The call of 2B rows for one that carries a `PairedCache`; `None` for any other."""
-    for name in CACHE_NAMES:
-        cache = kwargs.get(name)
-        if isinstance(cache, PairedCache):
-            if cache.streams.model is not model:
-                raise ValueError("this cache was filled under ACD by another model.")
-            return cache.pair(kwargs, name)
-    return None
-
-
-def forward_hook(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
-) -> ModelOutput | None:
-    """Hand back the S rows of a paired call's output."""
-    return kwargs.cache.split(output, kwargs) if isinstance(kwargs, PairedCall) else None
-
-
-def reuses_prefix(model: PreTrainedModel) -> bool:
-    """Whether keys and values of a prefix can be computed once and stand in front of any row, padding in between."""
-    return (
-        "position_ids" in inspect.signature(model.forward).parameters
-        and all(type(layer) is DynamicLayer for layer in _cache_layers(model))
-        # Models off transformers' standard masks may measure distances in slots
-        and bool(getattr(model, "_supports_attention_backend", False))
-    )
-
-
-def roomier(cache: Cache, width: int, config: Any) -> Cache:
-    """The cache to use inside for one `generate` made: a static one gets `width` more slots."""
-    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
-    if not isinstance(cache, StaticCache) or not lengths:
-        return cache
-    inner = StaticCache(config=config, max_cache_len=max(lengths) + width, offloading=cache.offloading)
-    for old, new in zip(cache.layers, inner.layers, strict=True):
-        if isinstance(old, StaticLayer) and old.is_initialized:  # ahead of a compiled prefill
-            new.lazy_initialization(*(torch.cat([kv[..., :0, :]] * 2) for kv in (old.keys, old.values)))
-    return inner
-
-
-def _cache_layers(model: PreTrainedModel) -> list[Any]:
-    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-
-
-def check_pairable(call: dict[str, Any]) -> None:
-    """Raise ValueError for an input that has no meaning in the second stream."""
-    for key, value in call.items():
-        if isinstance(value, torch.Tensor) and key not in _PAIRABLE:
-            raise ValueError(f"ACD cannot pair the model input {key!r}: leave it out.")
-    mask, positions = call.get("attention_mask"), call.get("position_ids")
-    if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
-        raise ValueError("ACD needs a 2-dimensional attention_mask of shape [batch, tokens].")
-    if positions is not None and positions.ndim != 2:
-        raise ValueError("ACD supports one position per token, not position_ids with several axes (multimodal RoPE).")
-
-
-def _fingerprint(model: PreTrainedModel) -> object:
-    """Changes whenever the weights are written to or replaced, or adapters are switched.
-
-    In-place writes through `.data` escape torch's version counter, and so this.
-    """
-    weights = tuple(
-        (id(p), _address(p), p.dtype, p.device, 0 if p.is_inference() else p._version)
-        for p in (*model.parameters(), *model.buffers())
-    )
-    hooks = tuple(
-        id(hook)
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
-    adapters = tuple(
-        (str(m.active_adapters), m.disable_adapters, str(m.merged_adapters), str(getattr(m, "scaling", "")))
-        for m in model.modules()
-        if hasattr(m, "merged_adapters")
-    )
-    return weights, hooks, adapters
-
-
-def _address(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a subclass without storage of its own, such as a quantised weight
-        return 0
-
-
-def _stack(*tensors: torch.Tensor) -> torch.Tensor:
-    """Stack `[1, heads, n, head_dim]` of differing n to `[streams, heads, W, head_dim]`, left-padded."""
-    width = max(t.shape[-2] for t in tensors)
-    return torch.cat([torch.nn.functional.pad(t, (0, 0, width - t.shape[-2], 0)) for t in tensors])
+def known_cache(cache: Any) -> PairedCache | None:
+    """The `PairedCache` itself, or the one that an earlier call has put behind a cache of the user's."""
+    layer = next(iter(getattr(cache, "layers", ())), None)
+    return cache if isinstance(cache, PairedCache) else layer.paired if isinstance(layer, TakenLayer) else None

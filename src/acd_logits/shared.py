@@ -23,12 +23,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .paired import PairedCache, PairedCall, PairedStreams, reuses_prefix
+from .call import PairedCall
+from .layers import has_plain_keys
+from .paired import PairedCache
+from .streams import PairedStreams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
     from transformers.utils import ModelOutput
+
+    from .layers import KeyValues
 
 _BOTH = -1  # in place of a stream: x, which both see
 
@@ -40,21 +45,25 @@ class SharedStreams(PairedStreams):
         model: a decoder-only model with rotary embeddings and full attention.
         safeguarding: SP, `[n_s, hidden_size]`.
         adversarial: AP, `[n_a, hidden_size]`.
+        frozen_model: see the base class.
 
     Raises:
         ValueError: the model is another one.
     """
 
-    def __init__(self, model: PreTrainedModel, safeguarding: torch.Tensor, adversarial: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        safeguarding: torch.Tensor,
+        adversarial: torch.Tensor,
+        frozen_model: bool = False,
+    ) -> None:
         check_shareable(model)
-        super().__init__(model, safeguarding, adversarial)
+        super().__init__(model, safeguarding, adversarial, frozen_model)
+        self.reusable = True  # texts long enough to change the frequencies are refused
 
-    def make_cache(self, inner: Cache | None) -> PairedCache:
-        """A cache for one call."""
-        return SharedCache(self, inner)
-
-    def _positions(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"position_ids": torch.arange(-embeds.shape[1], 0, device=embeds.device)[None]}
+    def _positions(self, embeds: torch.Tensor) -> torch.Tensor:
+        return torch.arange(-embeds.shape[1], 0, device=embeds.device)[None]
 
     def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
         """`[1, heads, n_s + n_a, head_dim]`."""
@@ -79,7 +88,20 @@ class SharedCache(PairedCache):
     def begin_call(
         self, prompt_length: int, max_length: int, offset: int, horizon: int | None, prompt_mask: torch.Tensor | None
     ) -> None:
-        """See [`PairedCache.begin_call`]. What is shared is the prompt of a conversation's first call."""
+        """See [`PairedCache.begin_call`]. What is shared is the prompt of a conversation's first call.
+
+        Raises:
+            ValueError: the text may pass the length from which on the model has other rotary frequencies.
+        """
+        limit = self.streams.long_from
+        if limit is not None and max_length > limit:
+            raise ValueError(
+                f"share_instruction_kv computes the soft prompts' keys apart from the text, and beyond {limit} tokens "
+                f"{type(self.streams.model).__name__} has other rotary frequencies: leave it out, or let prompt and "
+                f"new tokens fit into {limit} tokens."
+            )
+        # With use_cache=False every forward needs them
+        self._prompts: list[KeyValues | None] | None = None
         if not self.seen:
             self.shared = max(prompt_length - 1, 0)
         super().begin_call(prompt_length, max_length, offset, horizon, prompt_mask)
@@ -133,14 +155,14 @@ class SharedCache(PairedCache):
 
     def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:
         """Hand back SP's tokens of an output, and keep AP's logits."""
-        self.adversarial = None
+        adversarial = None
         if self.contrasted:
             if not self.alone:
-                self.adversarial = output.logits[:, 1::2]
+                adversarial = output.logits[:, 1::2]
             for key, value in output.items():
                 output[key] = self._visible(value, call.new)
         output[call.name] = self
-        self._finish(call)
+        self._finish(call, output.logits.shape[1], adversarial)
         return output
 
     # ----- slots and masks -----
@@ -160,9 +182,11 @@ class SharedCache(PairedCache):
     def _write_prompts_into(self, cache: Cache, device: torch.device) -> None:
         """Put the soft prompts behind the shared part of every row; AP, the last of them, not past the horizon."""
         stop = sum(self._lengths())
-        for index, layer in enumerate(self.streams.key_values(device)):
-            keys, values = (part[:, :, :stop].expand(self.rows, -1, -1, -1) for part in layer)
-            cache.update(keys, values, index)
+        layers = self._prompts or self.streams.key_values(device)
+        self._prompts = layers if self.inner is None else None
+        for index, layer in enumerate(layers):
+            if layer is not None:
+                cache.update(*(part[:, :, :stop].expand(self.rows, -1, -1, -1) for part in layer), index)
 
     def _slots(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Stream and visible token of every slot, for `length` visible tokens; soft prompts stand before them all."""
@@ -208,10 +232,15 @@ def check_shareable(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose keys depend on more than the token and its position."""
     config = model.config.get_text_config(decoder=True)
     rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
-    if not rotary or not reuses_prefix(model):
+    if not rotary or not has_plain_keys(model):
         raise ValueError(
             f"{type(model).__name__} has no rotary embeddings over full attention, which share_instruction_kv needs: "
             "leave it out."
+        )
+    if "llama_4_scaling_beta" in config.rope_parameters:
+        raise ValueError(
+            f"{type(model).__name__} scales its queries by the logarithm of the position, and share_instruction_kv "
+            "puts the soft prompts at negative positions: leave it out."
         )
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(

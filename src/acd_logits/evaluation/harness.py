@@ -20,11 +20,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from ..call import CACHE_NAMES
+from ..contrast import contrast
 from ..demo_model import resolve_model_name, resolve_pair_name
-from ..logits_process import ACDLogitsProcessor, check_alpha, check_beta, contrast
-from ..paired import CACHE_NAMES, PairedCache
+from ..logits_process import ACDLogitsProcessor
+from ..paired import PairedCache
 from ..prompt_pair import PromptPair
 from ..prompts import MANUAL_TEXTS
+from ..ranges import check_alpha, check_beta
 from ..shared import SharedStreams
 from .comparison import check_pair
 
@@ -166,9 +169,10 @@ def contrasted_logits(acd: ACDLogitsProcessor, input_ids: torch.Tensor, beta: fl
     cache = PairedCache(acd.streams, DynamicCache(config=model.config.get_text_config(decoder=True)))
     name = next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
     safe = model(input_ids=input_ids, use_cache=True, **{name: cache}).logits
-    assert cache.adversarial is not None
+    adversarial = cache.owed.adversarial
+    assert adversarial is not None
     # Row by row, since the contrast makes several copies of what it is given
-    rows = zip(safe, cache.adversarial, strict=True)
+    rows = zip(safe, adversarial, strict=True)
     return torch.stack([contrast(s.float(), a.float(), acd.alpha, beta) for s, a in rows])
 
 

@@ -17,8 +17,8 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..logits_process import check_alpha, check_beta
 from ..prompt_pair import PromptPair
+from ..ranges import check_alpha, check_beta
 from .exported import PLACEHOLDER, PREFIX, TENSORS, TENSORS_NAME, ExportedPair
 
 if TYPE_CHECKING:

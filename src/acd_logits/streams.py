@@ -1,0 +1,136 @@
+"""The two soft prompts on one model: everything about ACD that outlives a `generate` call."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from .layers import KeyValues, cache_layers, changes_frequencies, reach, reuses_prefix, rope_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PairedStreams:
+    """The two soft prompts on one model, and their keys and values.
+
+    Keys and values of a soft prompt depend on all that a forward depends on: weights, adapters, hooks, module
+    attributes, autocast. No cheap test sees all of it (a fused optimiser or a write through `.data` moves no version
+    counter), so every call computes them anew, unless the user promises that the model is frozen.
+
+    Args:
+        model: the decoder-only model both streams run on.
+        safeguarding: SP, `[n_s, hidden_size]`.
+        adversarial: AP, `[n_a, hidden_size]`.
+        frozen_model: compute keys and values in the first call only.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        safeguarding: torch.Tensor,
+        adversarial: torch.Tensor,
+        frozen_model: bool = False,
+    ) -> None:
+        self.model = model
+        self.prompts = (safeguarding, adversarial)
+        self.lengths = (len(safeguarding), len(adversarial))
+        self.width = max(self.lengths)
+        self.frozen = frozen_model
+        parameters = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self._keeps_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.num_layers = len(cache_layers(model))
+        self.reusable = reuses_prefix(model)
+        self.reach = reach(model)
+        self.capacity = _position_capacity(model)
+        # The text length behind which rotary frequencies change, keys held included where it is longrope
+        self.long_from = _long_from(model)
+        self.switches_at = self.long_from if rope_type(model) == "longrope" else None
+        self._lock = threading.Lock()
+        self._stored: list[KeyValues | None] | None = None
+
+    def key_values(self, device: torch.device) -> list[KeyValues | None]:
+        """Keys and values of both soft prompts, per layer, each `[2, heads, W, head_dim]`, left-padded with zeros.
+
+        A layer that keeps none (cross-attention, without an image) has `None`.
+        """
+        with self._lock:
+            if self._stored is not None:
+                return self._stored
+            layers = self._compute(device)
+            # What dropout or autocast made of them is no property of the frozen model
+            if self.frozen and not self.model.training and not torch.is_autocast_enabled(device.type):
+                self._stored = layers
+            return layers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PairedStreams:
+        return self  # a copy of a conversation's cache goes on with the same model and prompts
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a cache filled under ACD belongs to a loaded model and cannot be saved: save the conversation's tokens."
+        )
+
+    @torch.no_grad()
+    def _compute(self, device: torch.device) -> list[KeyValues | None]:
+        if self.lengths[0] == self.lengths[1]:  # one forward, which reads the weights once
+            both = self._run_prompt(torch.stack(self.prompts), device)
+            streams = [[layer and (layer[0][i : i + 1], layer[1][i : i + 1]) for layer in both] for i in (0, 1)]
+        else:
+            streams = [self._run_prompt(prompt[None], device) for prompt in self.prompts]
+        return [
+            safe and adversarial and (self._join(safe[0], adversarial[0]), self._join(safe[1], adversarial[1]))
+            for safe, adversarial in zip(*streams, strict=True)
+        ]
+
+    def _run_prompt(self, prompts: torch.Tensor, device: torch.device) -> list[KeyValues | None]:
+        """Keys and values of soft prompts `[rows, n, hidden_size]`, per layer, each `[rows, heads, n, head_dim]`."""
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        rows, length = prompts.shape[:2]
+        # A null prompt has no keys: run one token for their shape and crop it off again
+        token = self.model.get_input_embeddings()(torch.zeros(rows, 1, dtype=torch.long, device=device))
+        embeds = prompts.to(token, copy=True) if length else token  # a model may write into what it is given
+        positions = {"position_ids": self._positions(embeds)} if self.takes_positions else {}
+        self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **positions, **self._keeps_logits)
+        if not length:
+            cache.crop(-1)
+        return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+
+    def _positions(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Position ids of soft prompts, `[1, n]`."""
+        return torch.arange(embeds.shape[1], device=embeds.device)[None]
+
+    def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
+        """`[2, heads, W, head_dim]`."""
+        return _stack(safe, adversarial)
+
+
+def _position_capacity(model: PreTrainedModel) -> int | None:
+    """How many tokens the model's table of learned positions takes; `None` where it has none."""
+    names = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in names
+    ]
+    return min((table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables), default=None)
+
+
+def _long_from(model: PreTrainedModel) -> int | None:
+    """The text length behind which rotary frequencies are others, for all tokens; `None` where they stay."""
+    config = model.config.get_text_config(decoder=True)
+    if not changes_frequencies(model):
+        return None
+    parameters = config.rope_parameters
+    return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+
+
+def _stack(*tensors: torch.Tensor) -> torch.Tensor:
+    """Stack `[1, heads, n, head_dim]` of differing n to `[streams, heads, W, head_dim]`, left-padded."""
+    width = max(t.shape[-2] for t in tensors)
+    return torch.cat([torch.nn.functional.pad(t, (0, 0, width - t.shape[-2], 0)) for t in tensors])
