@@ -14,8 +14,10 @@ Random weights in the shapes of Llama-2-7B on a GPU, and a model of your own:
 The arms answer the same random prompts, greedily and without an end-of-sequence token, so all take equal steps:
 
 - `plain`: the prompt alone.
-- `acd`: [SP; prompt] and [AP; prompt] with random soft prompts and the default alpha and beta. The processor is kept
-  between calls, as in use, so the soft prompts' keys and values are there already: they are computed in the warm-up.
+- `acd`: [SP; prompt] and [AP; prompt] with random soft prompts and the default alpha and beta. Every call computes the
+  soft prompts' keys and values anew.
+- `frozen`: the same under `frozen_model=True`. The processor is kept between calls, so the soft prompts' keys and
+  values are there already: they are computed in the warm-up.
 - `shared`: the same with one copy of the prompt's keys and values for both streams (`share_instruction_kv`).
 - `horizon`: ACD that contrasts the first 16 new tokens.
 - `shared_horizon`: both of these.
@@ -96,12 +98,12 @@ def plain_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
 
 
 def acd_arguments(
-    setup: Setup, prompt: torch.Tensor, *, share_instruction_kv: bool = False, horizon: int | None = None
+    setup: Setup, prompt: torch.Tensor, *, share_instruction_kv: bool = False, **options: Any
 ) -> dict[str, Any]:
     """ACD with a new processor, as if the pair had been trained with a shared instruction or without."""
     config = dataclasses.replace(setup.pair.config, share_instruction_kv=share_instruction_kv)
     pair = PromptPair(setup.pair.safeguarding, setup.pair.adversarial, config)
-    return {"logits_processor": [ACDLogitsProcessor(setup.model, pair, horizon=horizon)]}
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, pair, **options)]}
 
 
 def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
 ARMS: dict[str, Callable[[Setup, torch.Tensor], dict[str, Any]]] = {
     "plain": plain_arguments,
     "acd": acd_arguments,
+    "frozen": partial(acd_arguments, frozen_model=True),
     "shared": partial(acd_arguments, share_instruction_kv=True),
     "horizon": partial(acd_arguments, horizon=16),
     "shared_horizon": partial(acd_arguments, share_instruction_kv=True, horizon=16),
@@ -201,18 +204,38 @@ def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
     return resident_bytes("VmHWM") - before
 
 
+def memory_use(device: torch.device, call: Callable[[], Any]) -> dict[str, int | None]:
+    """Make the call and return its peak memory and, on CUDA, what the allocator reserved at most and its retries.
+
+    A retry frees all of the allocator's spare memory, and so waits for the device: a sign that memory is short.
+    """
+    if device.type != "cuda":
+        return {"peak_bytes": peak_bytes(device, call), "peak_reserved_bytes": None, "alloc_retries": None}
+    torch.cuda.empty_cache()  # what earlier calls left reserved is not this one's
+    reserved = torch.cuda.memory_reserved(device)
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    peak = peak_bytes(device, call)
+    return {
+        "peak_bytes": peak,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved,
+        "alloc_retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0) - retries,
+    }
+
+
 def resident_bytes(field: str) -> int:
     """Read a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
-def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: Any) -> dict[str, Any]:
-    """Measure every arm at one batch size and prompt length."""
+def measure_cell(
+    setup: Setup, batch_size: int, prompt_length: int, progress: Any, profile: bool = True
+) -> dict[str, Any]:
+    """Measure every arm at one batch size and prompt length; without `profile`, own shares are `None`."""
     prompt = random_ids(setup.model, batch_size, prompt_length)
     arguments = {arm: ARMS[arm](setup, prompt) for arm in setup.arms}
-    peaks = {  # of the first calls, which are the warm-up
-        arm: peak_bytes(prompt.device, partial(generate, setup, prompt, arguments[arm])) for arm in setup.arms
+    memory = {  # of the first calls, which are the warm-up
+        arm: memory_use(prompt.device, partial(generate, setup, prompt, arguments[arm])) for arm in setup.arms
     }
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in setup.arms}
     for repeat in range(setup.repeats):
@@ -220,14 +243,14 @@ def measure_cell(setup: Setup, batch_size: int, prompt_length: int, progress: An
         for arm in setup.arms[first:] + setup.arms[:first]:
             runs[arm].append(generate(setup, prompt, arguments[arm]))
             progress.update()
-    own = {arm: own_share(setup, prompt, arguments[arm]) for arm in setup.arms}
+    own = {arm: own_share(setup, prompt, arguments[arm]) if profile else None for arm in setup.arms}
     for arm in setup.arms:
         detach(arguments[arm])
     arms = {
         arm: {
             "own_share": own[arm],
             "cache_bytes": runs[arm][-1]["cache_bytes"],
-            "peak_bytes": peaks[arm],
+            **memory[arm],
             "summary": {metric: summarise(runs[arm], runs["plain"], metric) for metric in METRICS},
             "runs": runs[arm],
         }
@@ -242,7 +265,7 @@ def own_share(setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any]) -> 
     profile = cProfile.Profile()
     metrics = generate(setup, prompt, arguments, profile)
     profile.disable()
-    hooks = (("paired.py", "pre_forward_hook"), ("paired.py", "forward_hook"), ("logits_process.py", "__call__"))
+    hooks = (("attach.py", "pre_forward_hook"), ("attach.py", "forward_hook"), ("logits_process.py", "__call__"))
     own = sum(
         cumulative
         for (file, _, function), (_, _, _, cumulative, _) in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
