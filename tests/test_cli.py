@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from acd_logits import cli
 from acd_logits.cli import main
-from acd_logits.evaluation.refusal import is_refusal
+from acd_logits.refusal import is_refusal
 from conftest import build_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ from acd_logits.evaluation.arms import ARMS, arm_processor
 from acd_logits.evaluation.benchmarks import Benchmark, Request
 from acd_logits.evaluation.comparison import check_pair, plan_cells, run_comparison
 from acd_logits.evaluation.fluency import response_loss
-from acd_logits.evaluation.responses import encode_messages, generate_responses
 from acd_logits.evaluation.results import Cell, ResultsFolder
+from acd_logits.responses import encode_messages, generate_responses
 from conftest import ARCHITECTURES, VOCAB, build_model, build_pair
 
 MIXED = Benchmark(

@@ -37,10 +37,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from .evaluation.refusal import is_refusal
-from .evaluation.responses import check_context, encode_messages, generate_batch
 from .files import write_jsonl
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, shipped_folder, system_prompt_ids
+from .refusal import is_refusal
+from .responses import check_context, encode_messages, generate_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

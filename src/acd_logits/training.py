@@ -44,11 +44,11 @@ from transformers.utils import logging
 from . import __version__
 from .anchors import SPLITS, load_anchor_data, split_held_out
 from .demo_model import DEMO_MODEL, DEMO_MODEL_ID, resolve_model_name
-from .evaluation.responses import encode_messages
 from .files import write_text
 from .paired import reuses_prefix
 from .prompt_pair import STREAMS, PromptPair, base_model, chat_template_digest
 from .prompts import OPPOSITE_PROMPT, SAFE_PROMPT, place_soft_prompt, system_prompt_ids
+from .responses import encode_messages
 from .shared import check_shareable
 
 if TYPE_CHECKING:

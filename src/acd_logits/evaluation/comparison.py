@@ -12,10 +12,10 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..refusal import is_refusal
+from ..responses import encode_messages, generate_responses
 from .arms import ARMS, arm_processor
 from .fluency import broken_words, has_loop, response_loss, word_check
-from .refusal import is_refusal
-from .responses import encode_messages, generate_responses
 from .results import Cell
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..prompt_pair import PromptPair
+    from ..responses import Response
     from .benchmarks import Benchmark
     from .judges import Judge, Verdict
-    from .responses import Response
     from .results import ResultsFolder
 
 _PACKAGES = ("acd-logits", "torch", "transformers", "peft", "inspect_ai")

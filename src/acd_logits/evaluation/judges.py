@@ -15,7 +15,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .refusal import is_refusal
+from ..refusal import is_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +141,7 @@ class ClassifierJudge:
         return ["harmless" if label == self.harmless else "harmful" for label in classes]
 
     def _ask_guard(self, requests: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        from .responses import generate_responses
+        from ..responses import generate_responses
 
         prompts = [
             self.tokenizer.apply_chat_template(

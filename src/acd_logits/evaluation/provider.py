@@ -20,9 +20,9 @@ from transformers import AutoConfig
 
 from ..demo_model import resolve_model_name, resolve_pair_name
 from ..prompt_pair import PromptPair
+from ..responses import end_tokens
 from .arms import arm_processor, check_arms, find_arm
 from .comparison import check_pair
-from .responses import end_tokens
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..logits_process import ACDLogitsProcessor
+    from .logits_process import ACDLogitsProcessor
 
 
 @dataclass(frozen=True)
