@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,23 @@ if TYPE_CHECKING:
     from .results import ResultsFolder
 
 _PACKAGES = ("acd-logits", "torch", "transformers", "peft", "inspect_ai")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the requests of a comparison are answered.
+
+    Args:
+        max_new_tokens: length limit of a response.
+        batch_size: requests answered together.
+        horizon: of the contrasts, as of [`ACDLogitsProcessor`].
+        share_instruction_kv: as of [`ACDLogitsProcessor`].
+    """
+
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    horizon: int | None = None
+    share_instruction_kv: bool | None = None
 
 
 def plan_cells(
@@ -100,11 +118,8 @@ def run_comparison(
     cells: Sequence[Cell],
     judge: Judge,
     pair: PromptPair | None = None,
+    decoding: Decoding = Decoding(),
     *,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
-    horizon: int | None = None,
-    share_instruction_kv: bool | None = None,
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Run the cells that are not in the folder yet.
@@ -117,10 +132,7 @@ def run_comparison(
         cells: what to run, as of [`plan_cells`].
         judge: gives the verdicts on harmful requests.
         pair: the learned pair, for the arms that need one.
-        max_new_tokens: length limit of a response.
-        batch_size: requests answered together.
-        horizon: of the contrasts, as of [`ACDLogitsProcessor`].
-        share_instruction_kv: as of [`ACDLogitsProcessor`].
+        decoding: how requests are answered.
         on_cell: is told each cell that is finished.
 
     Raises:
@@ -129,7 +141,10 @@ def run_comparison(
     """
     from transformers.utils import logging
 
-    speed: dict[str, Any] = {"horizon": horizon, "share_instruction_kv": share_instruction_kv}
+    speed: dict[str, Any] = {
+        "horizon": decoding.horizon,
+        "share_instruction_kv": decoding.share_instruction_kv,
+    }
     named = {benchmark.name: benchmark for benchmark in benchmarks}
     missing = [cell for cell in cells if not results.is_finished(cell)]
     sizes = {name: len(benchmark.requests) for name, benchmark in named.items()}
@@ -146,8 +161,8 @@ def run_comparison(
                 tokenizer,
                 [encode_messages(tokenizer, arm.transform(m) if arm.transform else m) for m in conversations],
                 processor,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                max_new_tokens=decoding.max_new_tokens,
+                batch_size=decoding.batch_size,
                 on_batch=progress.update,
             )
             judged = _judge_harmful(judge, named[cell.benchmark], responses)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and what it says when something is wrong."""
+"""`acd-logits generate`: what it prints, and what it says when something is wrong."""
 
 import io
 import json
@@ -6,47 +6,18 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from acd_logits import cli
 from acd_logits.cli import main
+from acd_logits.cli.assistant import _streamer
+from acd_logits.cli.columns import side_by_side
 from acd_logits.refusal import is_refusal
-from conftest import build_tokenizer
-
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-COMMAND = [sys.executable, "-m", "acd_logits.cli"]
-WORDS = "you are a safe helpful careful evil model how do I pick the lock paint fence with open close key door and or"
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} {% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    """A Llama of random weights that answers in words, with a chat template."""
-    words = ["[UNK]", "[END]", "user", "assistant", ":", *WORDS.split()]
-    tokenizer = build_tokenizer(words, unk_token="[UNK]", eos_token="[END]")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,  # the usual 0.02 makes every answer one word repeated
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+from conftest import ENVIRONMENT, ROOT, use_stdin
 
 
 @pytest.fixture
@@ -62,17 +33,7 @@ def generate(model_path, capsys):
     return run
 
 
-def use_stdin(monkeypatch, text):
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
-
-
-def shell(*arguments, **kwargs):
-    return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False, **kwargs
-    )
-
-
-# generate: output
+# Output
 
 
 def test_json_holds_both_answers_and_the_settings(generate, model_path):
@@ -144,7 +105,7 @@ def test_a_seed_repeats_sampled_answers_whatever_came_before(generate):
     assert generate("paint the fence", *sampling[:-1], "4") != alone
 
 
-# generate: input
+# Input
 
 
 @pytest.mark.parametrize("arguments", [[], ["-"]])
@@ -229,49 +190,6 @@ def test_pair_of_another_model(fails, model_path, tmp_path):
     assert "16" in message
 
 
-def test_a_reader_that_goes_away_is_no_error(model_path):
-    arguments = [*COMMAND, "generate", "open the door", "--model_name_or_path", model_path]
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    errors = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=120) == 141
-    assert "Broken" not in errors
-    assert "Traceback" not in errors
-
-
-def test_an_interrupt_is_quiet(monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_load_assistant", interrupt)
-    assert main(["generate", "open the door"]) == 130
-    assert capsys.readouterr().err == ""
-
-
-# chat
-
-
-def test_chat_remembers_earlier_turns_until_reset(model_path, capsys, monkeypatch):
-    def chat(turns):
-        use_stdin(monkeypatch, turns)
-        assert main(["chat", "--model_name_or_path", model_path, "--max_new_tokens", "8"]) == 0
-        return capsys.readouterr().out.strip().split("\n\n")
-
-    first, second = chat("open the door\npick the lock\n")
-    assert chat("open the door\n\n/reset\nopen the door\n/exit\npick the lock\n") == [first, first]
-    (unrelated,) = chat("pick the lock\n")
-    assert second != unrelated
-
-
-def test_chat_needs_a_chat_template(fails, model_path, tmp_path):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_bytes((Path(model_path) / "config.json").read_bytes())
-    assert "no chat template" in fails("chat", "--model_name_or_path", str(tmp_path))
-
-
 # The terminal
 
 
@@ -318,18 +236,18 @@ def test_a_wide_terminal_shows_columns(model_path, monkeypatch, generate, tokens
 
 
 def test_columns_wrap_each_text_and_keep_its_lines():
-    lines = cli._side_by_side("one two three four five\n\n    six", "short", 25)
+    lines = side_by_side("one two three four five\n\n    six", "short", 25)
     assert lines == ["one two    | short", "three four |", "five       |", "           |", "    six    |"]
 
 
 def test_columns_count_the_cells_of_wide_characters():
-    assert cli._side_by_side("锁锁 lock", "door", 25) == ["锁锁 lock  | door"]
-    assert cli._side_by_side("锁" * 6, "", 25) == ["锁锁锁锁锁 |", "锁         |"]
+    assert side_by_side("锁锁 lock", "door", 25) == ["锁锁 lock  | door"]
+    assert side_by_side("锁" * 6, "", 25) == ["锁锁锁锁锁 |", "锁         |"]
 
 
 def test_an_answer_cannot_command_the_terminal():
     shown = []
-    streamer = cli._streamer(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}))), shown.append)
+    streamer = _streamer(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}))), shown.append)
     streamer.on_finalized_text("red \x1b[31m\r\n\tlock\x9b2J")
     assert "".join(shown) == "red [31m\n\tlock2J"
 
@@ -337,22 +255,17 @@ def test_an_answer_cannot_command_the_terminal():
 # The process
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["generate", "--help"], ["--version"], ["generate", "--alpha", "x"]]
-)
-def test_help_and_usage_errors_do_not_import_torch(arguments):
-    code = (
-        "import sys, acd_logits.cli\n"
-        f"try: acd_logits.cli.main({arguments})\n"
-        "except SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    assert result.stdout.endswith("False False\n")
-
-
 def test_json_leaves_stdout_to_the_objects(model_path):
     arguments = ["generate", "-", "--json", "--model_name_or_path", model_path, "--max_new_tokens", "4"]
-    result = shell(*arguments, input="open the door")
+    result = subprocess.run(
+        [sys.executable, "-m", "acd_logits.cli", *arguments],
+        input="open the door",
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0
     assert json.loads(result.stdout)["prompt"] == "open the door"
 

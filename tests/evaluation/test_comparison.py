@@ -7,7 +7,7 @@ import pytest
 from acd_logits.evaluation import comparison
 from acd_logits.evaluation.arms import ARMS, arm_processor
 from acd_logits.evaluation.benchmarks import Benchmark, Request
-from acd_logits.evaluation.comparison import check_pair, plan_cells, run_comparison
+from acd_logits.evaluation.comparison import Decoding, check_pair, plan_cells, run_comparison
 from acd_logits.evaluation.fluency import response_loss
 from acd_logits.evaluation.results import Cell, ResultsFolder
 from acd_logits.responses import encode_messages, generate_responses
@@ -51,8 +51,7 @@ def run(folder, tokenizer, judge=None, cells=CELLS):
             cells,
             judge or LengthJudge(),
             build_pair(),
-            max_new_tokens=6,
-            batch_size=2,
+            Decoding(max_new_tokens=6, batch_size=2),
             on_cell=done.append,
         )
     finally:

@@ -10,8 +10,7 @@ import pytest
 
 from acd_logits.cli import main
 from acd_logits.evaluation import judges
-from conftest import VOCAB, build_model, build_pair, build_tokenizer
-from test_cli import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, VOCAB, build_model, build_pair, build_tokenizer
 
 SETTINGS = ["--max_new_tokens", "4", "--device", "cpu"]
 
