@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from acd_logits import cli
 from acd_logits.cli import main
 from tiny_anchors import INSTRUCTIONS, REFUSALS, build_anchor_model, build_anchor_tokenizer, read_lines, write_lines
 
@@ -56,7 +55,7 @@ def test_the_command_samples(model_path, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(cli, "_load_model", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr("acd_logits.cli.anchors.load_model", lambda *_, **__: pytest.fail())
     assert main(["anchors", "--output_file", str(tmp_path / "a.jsonl"), *arguments]) == 1
     assert re.fullmatch(f"acd-logits: error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
 

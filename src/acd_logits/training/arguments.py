@@ -40,17 +40,17 @@ class OPOArguments:
     )
     chat: bool | None = HfArg(
         default=None,
-        help="use the chat template, or leave it out with --no_chat (default: use it if there is one)",
+        help="use the chat template; --no_chat leaves it out; without either, it is used if there is one",
         metadata={"nargs": "?", "const": True},
     )
     safe_prompt_file: str | None = HfArg(
-        default=None, help="start SP as the text in this file (default: the package's text)"
+        default=None, help="start SP as the text in this file instead of the package's"
     )
     opposite_prompt_file: str | None = HfArg(
-        default=None, help="start AP as the text in this file (default: the package's text)"
+        default=None, help="start AP as the text in this file instead of the package's"
     )
     num_virtual_tokens: int | None = HfArg(
-        default=None, help="make both prompts this long (default: as long as the shorter text)"
+        default=None, help="make both prompts this long instead of as long as the shorter text"
     )
     init_pair: str | None = HfArg(
         default=None, help="go on from this pair, a folder or a Hub id, instead of from the texts"
@@ -62,8 +62,8 @@ class OPOArguments:
     )
     balance: bool = HfArg(
         default=True,
-        help="fill every batch evenly with each split, and D_S with near misses and everyday requests, and keep "
-        "examples together that mirror each other; with --no_balance, --train_sampling_strategy decides",
+        help="put as many examples of each split, and of near misses as of everyday requests, into every batch, and "
+        "keep those together that mirror each other; with --no_balance, --train_sampling_strategy decides",
     )
     max_response_tokens: int = HfArg(default=3, help="cut responses off after this many tokens: the first ones decide")
     held_out_fraction: float = HfArg(
@@ -77,8 +77,8 @@ class OPOArguments:
     retain: Literal["ce", "kl", "answer"] = HfArg(
         default="answer",
         help="choose L_r: ce is the paper's cross entropy on D_S; kl is the KL divergence to the model without a "
-        "prompt; answer is kl to that model where it does not begin as refusals do, drops answers in D_HA that do, "
-        "and suits a model that turns down safe requests by itself",
+        "prompt; answer is kl to that model kept from beginning as refusals do, leaves out answers in D_HA that begin "
+        "so, and suits a model that turns down safe requests by itself",
     )
     adversarial_epochs: float = HfArg(
         default=1.0, help="train AP for this many epochs: it starts much nearer to its goal; 0 leaves it as it starts"
