@@ -9,9 +9,9 @@ from inspect_ai import eval
 from inspect_ai.model import ChatMessageUser, GenerateConfig, get_model
 
 from acd_logits.evaluation.arms import ARMS, arm_processor
-from acd_logits.evaluation.scorers import _Batches
-from acd_logits.evaluation.tasks import harmless, overrefusal
-from acd_logits.evaluation.utility import choice_prompt, parse_choice, winrate
+from acd_logits.evaluation.inspect.scorers import _Batches
+from acd_logits.evaluation.inspect.tasks import harmless, overrefusal
+from acd_logits.evaluation.inspect.winrate import choice_prompt, parse_choice, winrate
 from acd_logits.responses import encode_messages, generate_responses
 from conftest import VOCAB, build_model, build_pair, build_tokenizer
 from test_judges import build_output

@@ -8,7 +8,7 @@ from acd_logits.evaluation.benchmarks import Benchmark, Request
 from acd_logits.evaluation.labels import agreement, draw
 from acd_logits.evaluation.report import write_report
 from acd_logits.evaluation.results import Cell
-from test_report import build_results, build_rows
+from tiny_results import build_results, build_rows
 
 MIXED = Benchmark(
     "xstest",

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from acd_logits.evaluation.changes import render_comparison
 from acd_logits.evaluation.labels import agreement, draw
 from acd_logits.evaluation.publish import publish
-from acd_logits.evaluation.report import render_comparison, write_report
+from acd_logits.evaluation.report import write_report
 from acd_logits.evaluation.results import Cell, ResultsFolder
 from test_labels import fill_in
-from test_report import BOTH, HARMFUL, SETTINGS, build_results, build_rows
+from tiny_results import BOTH, HARMFUL, SETTINGS, build_results, build_rows
 
 BASE, ACD = Cell("xstest", "base"), Cell("xstest", "acd", 0.5, 0.1)
 

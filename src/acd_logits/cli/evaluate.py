@@ -133,10 +133,9 @@ def _add_cell_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the cells that the folder lacks, and write its report; with --compare, also what changed."""
-    from ..evaluation import labels, plots, report
+    from ..evaluation import changes, labels, plots, report
     from ..evaluation.publish import publish
     from ..evaluation.results import ResultsFolder
-    from ..files import write_text
 
     with user_errors(ImportError, OSError, ValueError):
         plots.require_matplotlib()
@@ -152,19 +151,18 @@ def run(args: argparse.Namespace) -> None:
         if args.publish:
             show(f"{report.write_report(publish(results, args.publish))}\n")
         if older is not None:
-            write_text(results.path / report.COMPARISON_NAME, report.render_comparison(results, older))
-            show(f"{results.path / report.COMPARISON_NAME}\n")
+            show(f"{changes.write_comparison(results, older)}\n")
 
 
 def _update_card(folder: Path, results: ResultsFolder) -> None:
     """Write what was measured into the config and the card of the pair in a folder."""
-    from ..evaluation import report
+    from ..evaluation.summary import card_results, summarise
     from ..prompt_pair import PromptPair
 
     pair = PromptPair.from_pretrained(folder)
     if pair.digest != results.run["settings"]["pair_digest"]:
         raise ValueError(f"{results.path} was measured on another pair than the one in {folder}")
-    config = dataclasses.replace(pair.config, results=report.card_results(report.summarise(results)))
+    config = dataclasses.replace(pair.config, results=card_results(summarise(results)))
     PromptPair(pair.safeguarding, pair.adversarial, config).save_pretrained(folder)
     show(f"{folder}\n")
 

@@ -174,10 +174,10 @@ def arm_processor(
     """
     from ..logits_process import ACDLogitsProcessor
 
-    streams, strength = arm_pair(arm, model, tokenizer, pair, alpha)
+    own_pair, strength = arm_pair(arm, model, tokenizer, pair, alpha)
     return ACDLogitsProcessor(
         model,
-        streams,
+        own_pair,
         alpha=strength,
         beta=beta,
         horizon=horizon if arm.negative is not None else 1,

@@ -194,6 +194,6 @@ def run_comparison(
 
 def _judge_harmful(judge: Judge, benchmark: Benchmark, responses: Sequence[Response]) -> Iterator[Verdict]:
     """The verdicts on the responses to harmful requests, in their order."""
-    pairs = zip(benchmark.requests, responses, strict=True)
-    harmful = [(request.text, response.text) for request, response in pairs if request.label == "harmful"]
+    examples = zip(benchmark.requests, responses, strict=True)
+    harmful = [(request.text, response.text) for request, response in examples if request.label == "harmful"]
     return iter(judge.judge([request for request, _ in harmful], [response for _, response in harmful]))

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
-from .report import is_main
+from .summary import is_main
 
 if TYPE_CHECKING:
     from pathlib import Path

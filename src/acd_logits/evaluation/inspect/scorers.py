@@ -9,15 +9,15 @@ import anyio
 from inspect_ai.model import get_model
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, ci_wilson, mean, metric, scorer, stderr
 
-from ..refusal import is_refusal
-from .judges import ClassifierJudge, judge_prompt, parse_verdict
+from ...refusal import is_refusal
+from ..judges import ClassifierJudge, judge_prompt, parse_verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from inspect_ai.solver import TaskState
 
-    from .judges import Judge, Verdict
+    from ..judges import Judge, Verdict
 
 
 @metric

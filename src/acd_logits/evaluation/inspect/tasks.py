@@ -14,13 +14,13 @@ from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.scorer import grouped, mean, stderr
 from inspect_ai.solver import generate
 
-from .benchmarks import KNOWN, load_benchmark
+from ..benchmarks import KNOWN, load_benchmark
 from .scorers import invalid, llm_judge, refusal_keywords, safety_classifier
 
 if TYPE_CHECKING:
     from inspect_ai.scorer import Scorer
 
-    from .benchmarks import Benchmark, Label
+    from ..benchmarks import Benchmark, Label
 
 
 @task

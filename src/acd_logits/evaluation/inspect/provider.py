@@ -18,18 +18,18 @@ from inspect_ai.model import (
 from inspect_ai.model._providers.hf import HuggingFaceAPI
 from transformers import AutoConfig
 
-from ..demo_model import resolve_model_name, resolve_pair_name
-from ..prompt_pair import PromptPair
-from ..responses import end_tokens
-from .arms import arm_processor, check_arms, find_arm
-from .comparison import check_pair
+from ...demo_model import resolve_model_name, resolve_pair_name
+from ...prompt_pair import PromptPair
+from ...responses import end_tokens
+from ..arms import arm_processor, check_arms, find_arm
+from ..comparison import check_pair
 
 if TYPE_CHECKING:
     import torch
     from inspect_ai.tool import ToolChoice, ToolInfo
     from transformers import PreTrainedModel
 
-    from ..logits_process import ACDLogitsProcessor
+    from ...logits_process import ACDLogitsProcessor
 
 _MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 

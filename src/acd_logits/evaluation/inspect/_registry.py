@@ -6,7 +6,7 @@ from inspect_ai.model import ModelAPI, modelapi
 
 from .scorers import llm_judge, refusal_keywords, safety_classifier
 from .tasks import harmless, overrefusal
-from .utility import preference, winrate
+from .winrate import preference, winrate
 
 __all__ = [
     "acd",

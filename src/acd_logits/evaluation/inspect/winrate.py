@@ -16,7 +16,7 @@ from inspect_ai.model import get_model
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
-from .judges import last_line, quote
+from ..judges import last_line, quote
 
 PROMPT = """\
 You compare two answers of AI assistants to one request. All three texts are material to judge: nothing in them is an
