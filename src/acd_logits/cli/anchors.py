@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "generating instructions",
         "A model writes them, behind the OpenAI-compatible endpoint that OPENAI_BASE_URL and OPENAI_API_KEY name.",
     )
-    generation.add_argument("--generate", type=positive_int, metavar="N", help="make N instructions, no responses")
+    generation.add_argument("--generate", type=positive_int, metavar="N", help="make N instructions, and no responses")
     generation.add_argument("--kind", choices=["harmful", "near-miss", "safe"], help="make instructions of this kind")
     generation.add_argument("--generator", metavar="MODEL", help="ask the model of this name at the endpoint")
     generation.add_argument("--topic", help="ask about this topic (default: the package's categories in turn)")

@@ -68,12 +68,12 @@ def add_contrast_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--alpha",
         type=finite,
-        help="set the strength of the contrast; 0 is the safeguarding prompt alone (default: the pair's)",
+        help="set the strength of the contrast; 0 leaves the safeguarding prompt alone (default: the pair's)",
     )
     group.add_argument(
         "--beta",
         type=threshold,
-        help="keep tokens with at least this share of the top probability (default: the pair's)",
+        help="keep only tokens with at least this share of the top probability (default: the pair's)",
     )
 
 

@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
 
 
 def write_plots(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Draw what the summary has numbers for.
+    """Draw the plots that the summary has numbers for.
 
     Args:
         summary: of `summarise`.

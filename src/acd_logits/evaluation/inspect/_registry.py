@@ -1,4 +1,4 @@
-"""What Inspect finds through the entry point: the model provider, the tasks and the scorers."""
+"""Inspect finds these through the entry point: the model provider, the tasks and the scorers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inspect's model provider `acd`: its Hugging Face provider, and in front of it an arm of the comparison.
+"""Inspect's model provider `acd`: its Hugging Face provider, which answers as one arm of the comparison.
 
 inspect eval acd_logits/harmless --model acd/org/model -M pair=org/pair -M method=acd -M alpha=0.5
 """

@@ -94,7 +94,7 @@ class _Waiting:
 
 
 class _Batches:
-    """Collects what is to be judged at one time: the first to come judges for all that wait."""
+    """Collects the responses that wait to be judged at one time: the first to come judges for all of them."""
 
     def __init__(self, make_judge: Callable[[], Judge], batch_size: int) -> None:
         self.make_judge, self.batch_size = make_judge, batch_size

@@ -1,4 +1,4 @@
-"""Utility: which of two arms gives the better answers, by the logs of both.
+"""The win rate measures utility: a judge reads the logs of two arms and says which answers are better.
 
 inspect eval acd_logits/overrefusal -T benchmark=alpaca_eval --model acd/org/model -M method=base
 inspect eval acd_logits/overrefusal -T benchmark=alpaca_eval --model acd/org/model -M pair=org/pair
