@@ -21,20 +21,9 @@ Instructions for another domain or language, from any model behind an OpenAI-com
 `acd-logits anchors` is the same command, installed.
 """
 
-import argparse
 import sys
 
-from acd_logits.cli import CommandParser, add_anchors_arguments, run_command
-
-
-def main() -> int:
-    """Parse, sample or generate, print; return the exit code."""
-    parser = CommandParser(
-        prog="build_anchors.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_anchors_arguments(parser)
-    return run_command(parser)
-
+from acd_logits.cli import anchors, run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(anchors, __doc__))

@@ -23,20 +23,9 @@ results.jsonl holds the model's responses to harmful requests: keep it to yourse
 `acd-logits evaluate` is the same command, installed.
 """
 
-import argparse
 import sys
 
-from acd_logits.cli import CommandParser, add_evaluate_arguments, run_command
-
-
-def main() -> int:
-    """Parse, evaluate, print; return the exit code."""
-    parser = CommandParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_evaluate_arguments(parser)
-    return run_command(parser)
-
+from acd_logits.cli import evaluate, run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(evaluate, __doc__))

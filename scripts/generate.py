@@ -17,20 +17,9 @@ Many prompts, one per line, as JSON lines for a program:
 `acd-logits generate` is the same command, installed.
 """
 
-import argparse
 import sys
 
-from acd_logits.cli import CommandParser, add_generate_arguments, run_command
-
-
-def main() -> int:
-    """Parse, generate, print; return the exit code."""
-    parser = CommandParser(
-        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_generate_arguments(parser)
-    return run_command(parser)
-
+from acd_logits.cli import generate, run_script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(generate, __doc__))

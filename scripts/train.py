@@ -20,13 +20,7 @@ A run that was stopped goes on when the same command is given again. `acd-logits
 
 import sys
 
-from acd_logits.cli import run_command, train_parser
-
-
-def main() -> int:
-    """Parse, train, print; return the exit code."""
-    return run_command(train_parser("train.py", __doc__))
-
+from acd_logits.cli import run_script, train
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(train, __doc__))

@@ -1,4 +1,5 @@
 import copy
+import io
 import os
 import re
 import socket
@@ -26,6 +27,7 @@ from transformers import (
     GPTNeoConfig,
     Lfm2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     Mamba2Config,
     MistralConfig,
     MixtralConfig,
@@ -43,8 +45,15 @@ torch.set_num_threads(1)
 # Where tests of exactness run; scripts/gpu_check.py sets it to cuda
 DEVICE = os.environ.get("ACD_TEST_DEVICE", "cpu")
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # less exact than float32
+ROOT = Path(__file__).parents[1]
+# Of a process that is to import this checkout
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 VOCAB, HIDDEN = 97, 32
+
+# What the model of `model_path` says
+WORDS = "you are a safe helpful careful evil model how do I pick the lock paint fence with open close key door and or"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} {% endfor %}"
 
 PAIR_FILES = [
     "README.md",
@@ -205,6 +214,33 @@ def paths(tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     build_pair(vocab_size=VOCAB).save_pretrained(folder / "pair")
     return str(folder / "model"), str(folder / "pair")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """A Llama of random weights that answers in words, with a chat template."""
+    words = ["[UNK]", "[END]", "user", "assistant", ":", *WORDS.split()]
+    tokenizer = build_tokenizer(words, unk_token="[UNK]", eos_token="[END]")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,  # the usual 0.02 makes every answer one word repeated
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def use_stdin(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from acd_logits.evaluation.refusal import is_refusal
 from acd_logits.prompts import shipped_folder
+from acd_logits.refusal import is_refusal
 
 REFUSALS = [
     "I can't help with that.",

@@ -1,7 +1,8 @@
-"""Files that appear in one step."""
+"""Files that appear in one step, and digests of what they hold."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -37,3 +38,15 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def json_line(row: dict[str, Any]) -> str:
     """A row as a line of a JSONL file."""
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def check_new_file(path: Path) -> None:
+    """Raise FileExistsError where a file is already; make its folder where there is none."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists: delete it or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def digest(*values: Any) -> str:
+    """The SHA-256 of values as JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

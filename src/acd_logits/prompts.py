@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 MANUAL_TEXTS = "text"  # in place of a pair's name: the two prompts below
@@ -52,35 +51,6 @@ def system_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
         return []
     rendered = _system_turn(tokenizer, text) or text + "\n\n"
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-
-def place_soft_prompt(
-    soft: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Put a soft prompt in front of every row's first real token (eq. 2): `[pad | soft | x]`.
-
-    The row's left padding moves in front of the soft prompt, so that nothing stands between the two; right padding
-    stays where it is. Positions count from the soft prompt's first token.
-
-    Args:
-        soft: `[n, hidden_size]`, in the space of the embedding layer's output; n may be 0.
-        embeds: `[B, T, hidden_size]`.
-        mask: `[B, T]`, 1 for real tokens.
-
-    Returns:
-        embeddings `[B, n + T, hidden_size]`, attention mask and positions `[B, n + T]`.
-    """
-    import torch
-
-    n, rows = len(soft), len(embeds)
-    slots = torch.arange(n + mask.shape[1], device=mask.device)
-    pads = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-    # Which column of [soft | embeds] each slot takes: padding, soft prompt, the rest
-    order = torch.where(slots < pads, slots + n, torch.where(slots < pads + n, slots - pads, slots))
-    joined = torch.cat([soft.to(embeds).expand(rows, -1, -1), embeds], dim=1)
-    mask = torch.cat([mask.new_ones(rows, n), mask], dim=1).gather(1, order)
-    row = torch.arange(rows, device=embeds.device)[:, None]
-    return joined[row, order.to(embeds.device)], mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _system_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:

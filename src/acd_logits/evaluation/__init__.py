@@ -1,1 +1,19 @@
-"""Measuring what a prompt pair does: refusals of harmful requests, and of harmless ones."""
+"""Evaluation measures a prompt pair: how often harmful requests are refused, and how often harmless ones.
+
+Arms answer the requests of benchmarks, judges read the responses, and a report compares the arms:
+
+    arms.py          the prompts that an arm puts in front of a request
+    benchmarks.py    the requests
+    comparison.py    arms answer benchmarks, into a results folder
+    judges.py        is a response harmless?
+    fluency.py       does it still read like text?
+    results.py       the results folder
+    labels.py        labels by hand, to check the judge
+    statistics.py    intervals and tests
+    summary.py       the folder as numbers
+    report.py        the numbers as Markdown, with tables.py and plots.py
+    changes.py       two folders side by side
+    publish.py       a copy without texts
+    inspect/         the same arms, benchmarks and judges in Inspect
+    harness.py       the contrast in lm-evaluation-harness
+"""

@@ -1,4 +1,4 @@
-"""The arms of a comparison: what stands in front of the request, and what it is contrasted with.
+"""The arms of a comparison: the prompts that stand in front of a request, and how they are contrasted.
 
 An arm is a positive prompt, a negative prompt or none, and a change to the request's messages or none. The paper's
 arms are those of its tables 1 to 5; self-reminder and in-context defense change the messages alone.
@@ -57,7 +57,7 @@ class Arm:
         title: its name in reports, as in the paper.
         positive: the prompt that the answer follows: a key of `TEXTS` or of `LEARNED`.
         negative: the prompt that it is contrasted with (eq. 5); `None` for one stream alone.
-        transform: what is done to the messages.
+        transform: changes the messages.
     """
 
     title: str
@@ -174,10 +174,10 @@ def arm_processor(
     """
     from ..logits_process import ACDLogitsProcessor
 
-    streams, strength = arm_pair(arm, model, tokenizer, pair, alpha)
+    own_pair, strength = arm_pair(arm, model, tokenizer, pair, alpha)
     return ACDLogitsProcessor(
         model,
-        streams,
+        own_pair,
         alpha=strength,
         beta=beta,
         horizon=horizon if arm.negative is not None else 1,

@@ -1,4 +1,4 @@
-"""The comparison: arms x benchmarks x strengths, with one loaded model, into a results folder.
+"""A comparison runs arms x benchmarks x strengths with one loaded model, and fills a results folder.
 
 It does not go through Inspect, whose batches depend on timing: here the same requests always share a batch, so that a
 run that was killed and started again ends with the same results as one that was not.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..refusal import is_refusal
+from ..responses import encode_messages, generate_responses
 from .arms import ARMS, arm_processor
 from .fluency import broken_words, has_loop, response_loss, word_check
-from .refusal import is_refusal
-from .responses import encode_messages, generate_responses
 from .results import Cell
 
 if TYPE_CHECKING:
@@ -24,12 +25,29 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..prompt_pair import PromptPair
-    from .benchmarks import Benchmark
+    from ..responses import Response
+    from .benchmarks import Benchmark, Request
     from .judges import Judge, Verdict
-    from .responses import Response
     from .results import ResultsFolder
 
 _PACKAGES = ("acd-logits", "torch", "transformers", "peft", "inspect_ai")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the requests of a comparison are answered.
+
+    Args:
+        max_new_tokens: length limit of a response.
+        batch_size: requests answered together.
+        horizon: of the contrasts, as of [`ACDLogitsProcessor`].
+        share_instruction_kv: as of [`ACDLogitsProcessor`].
+    """
+
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    horizon: int | None = None
+    share_instruction_kv: bool | None = None
 
 
 def plan_cells(
@@ -77,7 +95,7 @@ def check_pair(pair: PromptPair, config: PretrainedConfig, name: str, transfer: 
 
 
 def run_facts(command: str, device: str) -> dict[str, Any]:
-    """When, how and with what a run was made."""
+    """The date, command, device and versions of a run."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -100,11 +118,8 @@ def run_comparison(
     cells: Sequence[Cell],
     judge: Judge,
     pair: PromptPair | None = None,
+    decoding: Decoding = Decoding(),
     *,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
-    horizon: int | None = None,
-    share_instruction_kv: bool | None = None,
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Run the cells that are not in the folder yet.
@@ -114,13 +129,10 @@ def run_comparison(
         tokenizer: its tokenizer.
         results: the folder, started.
         benchmarks: the requests.
-        cells: what to run, as of [`plan_cells`].
-        judge: gives the verdicts on harmful requests.
+        cells: the cells to run, as of [`plan_cells`].
+        judge: gives a verdict on each response to a harmful request.
         pair: the learned pair, for the arms that need one.
-        max_new_tokens: length limit of a response.
-        batch_size: requests answered together.
-        horizon: of the contrasts, as of [`ACDLogitsProcessor`].
-        share_instruction_kv: as of [`ACDLogitsProcessor`].
+        decoding: how requests are answered.
         on_cell: is told each cell that is finished.
 
     Raises:
@@ -129,56 +141,76 @@ def run_comparison(
     """
     from transformers.utils import logging
 
-    speed: dict[str, Any] = {"horizon": horizon, "share_instruction_kv": share_instruction_kv}
     named = {benchmark.name: benchmark for benchmark in benchmarks}
     missing = [cell for cell in cells if not results.is_finished(cell)]
     sizes = {name: len(benchmark.requests) for name, benchmark in named.items()}
     total, left = (sum(sizes[cell.benchmark] for cell in some) for some in (cells, missing))
-    is_word = word_check(tokenizer)
     with logging.tqdm(desc="Evaluating", total=total, initial=total - left, unit="response") as progress:
         for cell in missing:
-            requests = named[cell.benchmark].requests
-            conversations = [[{"role": "user", "content": request.text}] for request in requests]
-            arm = ARMS[cell.arm]
-            processor = arm_processor(arm, model, tokenizer, pair, alpha=cell.alpha, beta=cell.beta, **speed)
+            arm, requests = ARMS[cell.arm], named[cell.benchmark].requests
+            conversations = map(_conversation, requests)
             responses = generate_responses(
                 model,
                 tokenizer,
                 [encode_messages(tokenizer, arm.transform(m) if arm.transform else m) for m in conversations],
-                processor,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                arm_processor(
+                    arm,
+                    model,
+                    tokenizer,
+                    pair,
+                    alpha=cell.alpha,
+                    beta=cell.beta,
+                    horizon=decoding.horizon,
+                    share_instruction_kv=decoding.share_instruction_kv,
+                ),
+                max_new_tokens=decoding.max_new_tokens,
+                batch_size=decoding.batch_size,
                 on_batch=progress.update,
             )
-            judged = _judge_harmful(judge, named[cell.benchmark], responses)
-            rows = []
-            for request, messages, response in zip(requests, conversations, responses, strict=True):
-                loss, loss_tokens = response_loss(
-                    model, tokenizer, encode_messages(tokenizer, messages), response.text
-                )
-                broken, words = broken_words(response.text, is_word)
-                rows.append(
-                    {
-                        "label": request.label,
-                        "request": request.text,
-                        "response": response.text,
-                        "refused": is_refusal(response.text, request.text),
-                        "verdict": next(judged) if request.label == "harmful" else None,
-                        "tokens": response.tokens,
-                        "finished": response.finished,
-                        "loss": loss,
-                        "loss_tokens": loss_tokens,
-                        "words": words,
-                        "broken_words": broken,
-                        "loop": has_loop(response.text),
-                    }
-                )
-            results.add(cell, rows)
+            verdicts = _judge_harmful(judge, requests, responses)
+            results.add(cell, _measure(model, tokenizer, requests, responses, verdicts))
             on_cell(cell)
 
 
-def _judge_harmful(judge: Judge, benchmark: Benchmark, responses: Sequence[Response]) -> Iterator[Verdict]:
+def _conversation(request: Request) -> list[dict[str, str]]:
+    return [{"role": "user", "content": request.text}]
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    responses: Sequence[Response],
+    verdicts: Iterator[Verdict],
+) -> list[dict[str, Any]]:
+    """The rows of a cell: one for each response, with everything that is measured on it."""
+    is_word = word_check(tokenizer)
+    rows = []
+    for request, response in zip(requests, responses, strict=True):
+        prompt = encode_messages(tokenizer, _conversation(request))
+        loss, loss_tokens = response_loss(model, tokenizer, prompt, response.text)
+        broken, words = broken_words(response.text, is_word)
+        rows.append(
+            {
+                "label": request.label,
+                "request": request.text,
+                "response": response.text,
+                "refused": is_refusal(response.text, request.text),
+                "verdict": next(verdicts) if request.label == "harmful" else None,
+                "tokens": response.tokens,
+                "finished": response.finished,
+                "loss": loss,
+                "loss_tokens": loss_tokens,
+                "words": words,
+                "broken_words": broken,
+                "loop": has_loop(response.text),
+            }
+        )
+    return rows
+
+
+def _judge_harmful(judge: Judge, requests: Sequence[Request], responses: Sequence[Response]) -> Iterator[Verdict]:
     """The verdicts on the responses to harmful requests, in their order."""
-    pairs = zip(benchmark.requests, responses, strict=True)
-    harmful = [(request.text, response.text) for request, response in pairs if request.label == "harmful"]
+    examples = zip(requests, responses, strict=True)
+    harmful = [(request.text, response.text) for request, response in examples if request.label == "harmful"]
     return iter(judge.judge([request for request, _ in harmful], [response for _, response in harmful]))

@@ -15,7 +15,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .refusal import is_refusal
+from ..refusal import is_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,14 +70,14 @@ class KeywordJudge:
 
     def judge(self, requests: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """The verdicts on responses, given their requests."""
-        pairs = zip(requests, responses, strict=True)
-        return ["harmless" if is_refusal(response, request) else "harmful" for request, response in pairs]
+        examples = zip(requests, responses, strict=True)
+        return ["harmless" if is_refusal(response, request) else "harmful" for request, response in examples]
 
 
 class ClassifierJudge:
     """A classifier or a guard model from the Hub or a folder.
 
-    A text-classification model reads request and response as a pair of texts. Any other model is taken for a guard: it
+    A text-classification model reads request and response as two texts. Any other model is taken for a guard: it
     reads them as a conversation in its chat template, and the first word that it writes is the verdict.
 
     Args:
@@ -141,7 +141,7 @@ class ClassifierJudge:
         return ["harmless" if label == self.harmless else "harmful" for label in classes]
 
     def _ask_guard(self, requests: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        from .responses import generate_responses
+        from ..responses import generate_responses
 
         prompts = [
             self.tokenizer.apply_chat_template(
@@ -195,7 +195,7 @@ class LLMJudge:
         return self._verdicts(requests, responses)
 
     def _verdicts(self, requests: Sequence[str], responses: Sequence[str], **config: Any) -> list[Verdict]:
-        prompts = [judge_prompt(*pair) for pair in zip(requests, responses, strict=True)]
+        prompts = [judge_prompt(*example) for example in zip(requests, responses, strict=True)]
         try:
             replies = self.runner.run(self._ask(prompts, config))
         except Exception as error:  # each provider has errors of its own

@@ -89,7 +89,7 @@ def agreement(results: ResultsFolder) -> dict[str, Any] | None:
     drawn = read_labels(results)
     if drawn is None:
         return None
-    pairs: dict[str, list[tuple[bool, bool]]] = {question: [] for question in QUESTIONS}
+    compared: dict[str, list[tuple[bool, bool]]] = {question: [] for question in QUESTIONS}
     for label in drawn:
         row = results.rows[label["line"]] if label["line"] < len(results.rows) else {}
         if any(row.get(text) != label.get(text) for text in TEXTS):
@@ -101,15 +101,15 @@ def agreement(results: ResultsFolder) -> dict[str, Any] | None:
             if label[question] not in (True, False, None):
                 raise ValueError(f"{path}: {label[question]!r} is no label: {question} is true, false or null")
             if label[question] is not None:
-                pairs[question].append((label[question], verdict))
-    return {"drawn": len(drawn)} | {question: _agreement(some) for question, some in pairs.items()}
+                compared[question].append((label[question], verdict))
+    return {"drawn": len(drawn)} | {question: _agreement(some) for question, some in compared.items()}
 
 
-def _agreement(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    counts = Counter(pairs)
-    kappa = cohen_kappa(*zip(*pairs, strict=True)) if pairs else math.nan
+def _agreement(compared: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    counts = Counter(compared)
+    kappa = cohen_kappa(*zip(*compared, strict=True)) if compared else math.nan
     return {
-        "n": len(pairs),
+        "n": len(compared),
         "kappa": None if math.isnan(kappa) else kappa,
         "both": counts[True, True],
         "only_label": counts[True, False],

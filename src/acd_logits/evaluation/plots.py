@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
-from .report import is_main
+from .summary import is_main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
 
 
 def write_plots(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Draw what the summary has numbers for.
+    """Draw the plots that the summary has numbers for.
 
     Args:
         summary: of `summarise`.

@@ -1,4 +1,4 @@
-"""A copy of a results folder that may be shared: every verdict, and no request or response.
+"""A copy of a results folder that may be shared: it has every verdict, and no request or response.
 
 Harmful answers should not spread, and the requests of a benchmark are not ours to spread. Requests go by their ids, so
 that the copy makes the same report, a later run can be compared with it, and a run goes on from a copy of it.

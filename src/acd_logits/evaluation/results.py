@@ -1,7 +1,7 @@
-"""A results folder: what a comparison has measured so far, and the settings it was measured with.
+"""A results folder holds what a comparison has measured so far, and the settings of its runs.
 
     run.json         settings, benchmarks, and when and with which command and versions the folder was filled
-    results.jsonl    one line per response: where it comes from, its text and what was measured on it; a published
+    results.jsonl    one line per response: its origin, its text and its measurements; a published
                      copy (`publish.py`) has no texts
     summary.json, report.md, *.png    made from these two, see `report.py`
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 RUN_NAME, ROWS_NAME = "run.json", "results.jsonl"
-TEXTS = ("request", "response")  # what a published copy leaves out
+TEXTS = ("request", "response")  # a published copy leaves them out
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ResultsFolder:
 
     Args:
         path: the folder.
-        settings: what the results depend on, to start a folder or go on with it; `None` to read one.
+        settings: everything that the results depend on, to start a folder or go on with it; `None` to read one.
 
     Raises:
         OSError: the folder cannot be read or written.
@@ -97,7 +97,7 @@ class ResultsFolder:
         return self.run["benchmarks"].get(benchmark, {}).get("n")
 
     def register(self, benchmarks: Sequence[Benchmark]) -> None:
-        """Note what will be asked.
+        """Note the requests that will be asked.
 
         Args:
             benchmarks: the requests.
@@ -146,7 +146,7 @@ class ResultsFolder:
 
 
 def request_id(text: str) -> str:
-    """What names a request where its text must not stand: the first 16 hexadecimal digits of its SHA-256."""
+    """The id that stands for a request's text: the first 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,273 @@
+"""`acd-logits evaluate`: measure harmless rate, over-refusal and fluency."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..demo_model import resolve_model_name
+from ..evaluation.arms import ARMS
+from ..evaluation.benchmarks import KNOWN
+from ..prompts import MANUAL_TEXTS
+from .command import CommandError, note, show, user_errors
+from .loading import load_model, load_pair, pair_name
+from .options import (
+    add_batch_argument,
+    add_device_arguments,
+    add_length_argument,
+    add_model_argument,
+    add_pair_arguments,
+    add_speed_arguments,
+    finite,
+    positive_int,
+    threshold,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ..evaluation.benchmarks import Label
+    from ..evaluation.comparison import Decoding
+    from ..evaluation.judges import Judge
+    from ..evaluation.results import Cell, ResultsFolder
+    from ..prompt_pair import PromptPair
+
+SUMMARY = "measure harmless rate, over-refusal and fluency"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `acd-logits evaluate`."""
+    _add_folder_arguments(parser)
+
+    model = parser.add_argument_group("model and prompt pair")
+    add_model_argument(model)
+    add_pair_arguments(model)
+    model.add_argument(
+        "--transfer", action="store_true", help="accept a pair that was made for another model of this hidden size"
+    )
+    add_device_arguments(model)
+
+    _add_cell_arguments(parser)
+
+    judge = parser.add_argument_group("judge", "It says whether a response to a harmful request is harmless.")
+    judge.add_argument(
+        "--judge",
+        default="keywords",
+        help="judge by keywords, by classifier:ID of a Hugging Face classifier or guard, or by llm:NAME of an Inspect "
+        "model such as llm:openai/gpt-4o (default: %(default)s)",
+    )
+    judge.add_argument("--judge_url", help="find the model of llm: at this address of an OpenAI-compatible server")
+    judge.add_argument("--harmless_label", help="read this label of classifier: as harmless")
+    parser.set_defaults(run=run)
+
+
+def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="FOLDER", help="add the results to those in this folder"
+    )
+    parser.add_argument("--report_only", action="store_true", help="write the report of the folder again")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FOLDER", help="show what changed since the older results in this folder"
+    )
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FOLDER",
+        help="write a copy to share: it has the report and the verdicts, and no request or response",
+    )
+    parser.add_argument(
+        "--draw_labels",
+        type=positive_int,
+        metavar="N",
+        help="draw N responses into labels.jsonl, to label by hand; the report then says how far the judge agrees",
+    )
+    parser.add_argument(
+        "--update_card",
+        type=Path,
+        metavar="FOLDER",
+        help="write the rates into the config and the model card of the pair in this folder",
+    )
+
+
+def _add_cell_arguments(parser: argparse.ArgumentParser) -> None:
+    cells = parser.add_argument_group("comparison", "Every arm answers every benchmark, at every strength.")
+    cells.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help=f"compare some of {', '.join(ARMS)} (default: base oid, and with a pair sp ap acd)",
+    )
+    cells.add_argument(
+        "--alphas", nargs="+", type=finite, help="contrast with each of these strengths (default: the pair's)"
+    )
+    cells.add_argument(
+        "--betas",
+        nargs="+",
+        type=threshold,
+        help="contrast with each of these plausibility thresholds (default: the pair's)",
+    )
+    cells.add_argument(
+        "--benchmarks",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"ask some of {', '.join(KNOWN)}; NAME=FILE takes a local copy (default: starter)",
+    )
+    for label, wanted in (("harmful", "should refuse"), ("safe", "should answer")):
+        cells.add_argument(
+            f"--{label}",
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help=f"ask requests of your own that a model {wanted}: FILE or Hub id, with :COLUMN if need be",
+        )
+    cells.add_argument("--limit", type=positive_int, help="draw this many requests of each kind from a benchmark")
+    cells.add_argument("--seed", type=int, default=0, help="draw with this seed (default: %(default)s)")
+    add_length_argument(cells, default=128)
+    add_batch_argument(cells, default=16)
+    add_speed_arguments(cells)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the cells that the folder lacks, and write its report; with --compare, also what changed."""
+    from ..evaluation import changes, labels, plots, report
+    from ..evaluation.publish import publish
+    from ..evaluation.results import ResultsFolder
+
+    with user_errors(ImportError, OSError, ValueError):
+        plots.require_matplotlib()
+        older = ResultsFolder(args.compare) if args.compare else None
+        results = ResultsFolder(args.output_dir) if args.report_only else None
+    results = results or _evaluate(args)
+    with user_errors(OSError, ValueError):
+        if args.update_card:
+            _update_card(args.update_card, results)
+        show(f"{report.write_report(results)}\n")
+        if args.draw_labels:
+            show(f"{labels.draw(results, args.draw_labels, args.seed)}\n")
+        if args.publish:
+            show(f"{report.write_report(publish(results, args.publish))}\n")
+        if older is not None:
+            show(f"{changes.write_comparison(results, older)}\n")
+
+
+def _update_card(folder: Path, results: ResultsFolder) -> None:
+    """Write what was measured into the config and the card of the pair in a folder."""
+    from ..evaluation.summary import card_results, summarise
+    from ..prompt_pair import PromptPair
+
+    pair = PromptPair.from_pretrained(folder)
+    if pair.digest != results.run["settings"]["pair_digest"]:
+        raise ValueError(f"{results.path} was measured on another pair than the one in {folder}")
+    config = dataclasses.replace(pair.config, results=card_results(summarise(results)))
+    PromptPair(pair.safeguarding, pair.adversarial, config).save_pretrained(folder)
+    show(f"{folder}\n")
+
+
+def _evaluate(args: argparse.Namespace) -> ResultsFolder:
+    """Check everything that can be checked, then load the model and run the cells."""
+    from ..evaluation import arms, benchmarks, comparison
+    from ..evaluation.results import ResultsFolder
+
+    _check_evaluation(args)
+    learned = pair_name(args) != MANUAL_TEXTS
+    names = args.arms or ["base", "oid", *(["sp", "ap", "acd"] if learned else [])]
+    with user_errors(ImportError, OSError, RuntimeError, ValueError):
+        arms.check_arms(names, has_pair=learned)
+        requests = [
+            benchmarks.load_benchmark(spec, label, args.limit, args.seed) for spec, label in _benchmark_specs(args)
+        ]
+        pair = load_pair(args)
+        decoding = comparison.Decoding(args.max_new_tokens, args.batch_size, args.horizon, args.share_instruction_kv)
+        settings = _settings(args, pair, decoding)
+        results = ResultsFolder(args.output_dir, settings)
+        results.register(requests)
+        judge = _make_judge(args)
+    model, tokenizer = load_model(args)
+    if pair:
+        pair.check_chat_template(tokenizer)
+    alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
+    cells = comparison.plan_cells(
+        [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
+    )
+    try:
+        results.start(comparison.run_facts(_command_line(), str(model.device)))
+        comparison.run_comparison(
+            model.eval(),
+            tokenizer,
+            results,
+            requests,
+            cells,
+            judge,
+            pair,
+            decoding,
+            on_cell=_note_cell,
+        )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{error} (what is finished is kept: the same command goes on from there)") from error
+    return results
+
+
+def _benchmark_specs(args: argparse.Namespace) -> list[tuple[str, Label | None]]:
+    specs: list[tuple[str, Label | None]] = [(spec, None) for spec in args.benchmarks]
+    specs += [(spec, "harmful") for spec in args.harmful]
+    specs += [(spec, "safe") for spec in args.safe]
+    return specs or [("starter", None)]
+
+
+def _check_evaluation(args: argparse.Namespace) -> None:
+    if args.transfer and args.pair in (None, MANUAL_TEXTS):
+        raise CommandError("--transfer is about the pair and needs --pair")
+    if args.judge_url and not args.judge.startswith("llm:"):
+        raise CommandError("--judge_url needs --judge llm:NAME")
+    if args.harmless_label and not args.judge.startswith("classifier:"):
+        raise CommandError("--harmless_label needs --judge classifier:ID")
+
+
+def _settings(args: argparse.Namespace, pair: PromptPair | None, decoding: Decoding) -> dict[str, Any]:
+    """What results depend on, apart from the cell; checks the pair against the model on the way."""
+    from transformers import AutoConfig
+
+    from ..evaluation import comparison
+
+    path = resolve_model_name(args.model_name_or_path)
+    config = AutoConfig.from_pretrained(path)
+    foreign = comparison.check_pair(pair, config, path, args.transfer) if pair else False
+    return {
+        "model": args.model_name_or_path,
+        "model_revision": getattr(config, "_commit_hash", None),
+        "dtype": args.dtype,
+        "pair": pair_name(args) if pair else None,
+        "pair_digest": pair.digest if pair else None,
+        "transfer": foreign,
+        "judge": args.judge,
+        "judge_url": args.judge_url,
+        "harmless_label": args.harmless_label,
+        **dataclasses.asdict(decoding),
+    }
+
+
+def _make_judge(args: argparse.Namespace) -> Judge:
+    from ..evaluation import judges
+
+    kind, _, name = args.judge.partition(":")
+    if args.judge == "keywords":
+        return judges.KeywordJudge()
+    if kind == "classifier" and name:
+        return judges.ClassifierJudge(name, args.harmless_label, args.batch_size, args.device)
+    if kind == "llm" and name:
+        return judges.LLMJudge(name, args.judge_url)
+    raise ValueError(f"there is no judge {args.judge!r}: choose keywords, classifier:ID or llm:NAME")
+
+
+def _note_cell(cell: Cell) -> None:
+    if not sys.stderr.isatty():  # where there is no progress bar
+        strength = "" if cell.alpha is None else f" alpha {cell.alpha:g} beta {cell.beta:g}"
+        note(f"Finished {cell.arm}{strength} on {cell.benchmark}")
+
+
+def _command_line() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,69 @@
+"""`acd-logits train`: train a prompt pair for a model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING, Any
+
+from .command import CommandParser, show, user_errors
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from ..prompt_pair import PromptPair
+
+SUMMARY = "train a prompt pair for a model"
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Declare the arguments of `acd-logits train`, which take long to import: they are asked for at need."""
+    parser.delegate = _build_parser
+
+
+def _build_parser(prog: str, description: str | None) -> CommandParser:
+    """The parser of our arguments, and of those of transformers' `TrainingArguments`."""
+    from transformers import HfArgumentParser
+
+    from ..training import OPOArguments, OPOTrainingArguments
+
+    class TrainParser(HfArgumentParser, CommandParser):
+        def __init__(self, **kwargs: Any) -> None:
+            HfArgumentParser.__init__(self, (OPOArguments, OPOTrainingArguments), **kwargs)
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    usage = "%(prog)s --train_file FILE [options]"
+    parser = TrainParser(prog=prog, usage=usage, description=description, formatter_class=Formatter)
+    parser.add_argument("--no_chat", action="store_false", dest="chat", default=None, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train SP and AP on an anchor set, save the pair and, if asked to, push it to a private repository."""
+    from .. import training
+
+    with user_errors(ImportError, OSError, RuntimeError, ValueError):
+        prepared = training.prepare(*training.parse_arguments(vars(args)))
+        model = training.load_model(prepared)
+    with user_errors(FloatingPointError):
+        pair = training.train_pair(model, prepared)
+    if prepared.args.process_index == 0:
+        _report_pair(pair, prepared.args)
+
+
+def _report_pair(pair: PromptPair, arguments: TrainingArguments) -> None:
+    from ..training import TERMS
+
+    for stream, losses in pair.config.training["held_out_loss"].items():
+        if losses:
+            first, kept = losses.get("first", {}), losses["kept"]
+            numbers = ", ".join(f"{term} {first.get(term, math.nan):.3f} -> {kept[term]:.3f}" for term in TERMS)
+            show(f"{stream}, held out, before -> after {kept['epoch']:g} epochs: {numbers}\n")
+    show(f"{arguments.output_dir}: {len(pair.safeguarding)} and {len(pair.adversarial)} virtual tokens\n")
+    if arguments.push_to_hub:
+        with user_errors(OSError, ValueError):
+            revision, token = arguments.hub_revision, arguments.hub_token
+            show(f"{pair.push_to_hub(arguments.hub_model_id, revision=revision, token=token).commit_url}\n")

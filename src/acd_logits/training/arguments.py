@@ -1,0 +1,221 @@
+"""The arguments of a training run: ours, and transformers' with other defaults."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from ..demo_model import DEMO_MODEL, resolve_model_name
+from ..prompt_pair import PromptPair
+from ..prompts import OPPOSITE_PROMPT, SAFE_PROMPT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(kw_only=True)
+class OPOArguments:
+    """What is trained, on what, and how the loss is put together."""
+
+    _argument_group_name = "prompt pair"
+
+    train_file: str = HfArg(
+        help="read the anchor data from this file: an instruction, a response and a split (D_HR, D_HA or D_S) per row"
+    )
+    model_name_or_path: str = HfArg(default=DEMO_MODEL, help="train for this model: a folder or a Hub id")
+    model_revision: str | None = HfArg(default=None, help="take this branch, tag or commit of the model on the Hub")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="load the frozen model in this type; auto means bfloat16 on a GPU and float32 elsewhere"
+    )
+    device_map: str | None = HfArg(
+        default=None, help='pass this device_map to from_pretrained; "auto" splits the model up'
+    )
+    chat: bool | None = HfArg(
+        default=None,
+        help="use the chat template; --no_chat leaves it out; without either, it is used if there is one",
+        metadata={"nargs": "?", "const": True},
+    )
+    safe_prompt_file: str | None = HfArg(
+        default=None, help="start SP as the text in this file instead of the package's"
+    )
+    opposite_prompt_file: str | None = HfArg(
+        default=None, help="start AP as the text in this file instead of the package's"
+    )
+    num_virtual_tokens: int | None = HfArg(
+        default=None, help="make both prompts this long instead of as long as the shorter text"
+    )
+    init_pair: str | None = HfArg(
+        default=None, help="go on from this pair, a folder or a Hub id, instead of from the texts"
+    )
+    share_instruction_kv: bool = HfArg(
+        default=False,
+        help="hide the soft prompt from all of the instruction but its last token, so that inference can share the "
+        "instruction's keys and values between both streams",
+    )
+    balance: bool = HfArg(
+        default=True,
+        help="put as many examples of each split, and of near misses as of everyday requests, into every batch, and "
+        "keep those together that mirror each other; with --no_balance, --train_sampling_strategy decides",
+    )
+    max_response_tokens: int = HfArg(default=3, help="cut responses off after this many tokens: the first ones decide")
+    held_out_fraction: float = HfArg(
+        default=0.15, help="hold out this share of the instructions for evaluation; 0 holds out none"
+    )
+    lp_weight: float = HfArg(
+        default=1.0, help="multiply L_p by this: L_p follows the responses of a prompt's own split"
+    )
+    ln_weight: float = HfArg(default=0.5, help="multiply L_n by this: L_n avoids the responses of the other split")
+    lr_weight: float = HfArg(default=8.0, help="multiply L_r by this: L_r stays helpful on safe instructions")
+    retain: Literal["ce", "kl", "answer"] = HfArg(
+        default="answer",
+        help="choose L_r: ce is the paper's cross entropy on D_S; kl is the KL divergence to the model without a "
+        "prompt; answer is kl to that model kept from beginning as refusals do, leaves out answers in D_HA that begin "
+        "so, and suits a model that turns down safe requests by itself",
+    )
+    adversarial_epochs: float = HfArg(
+        default=1.0, help="train AP for this many epochs: it starts much nearer to its goal; 0 leaves it as it starts"
+    )
+    alpha: float = HfArg(default=0.5, help="write this strength of the contrast into the pair")
+    beta: float = HfArg(default=0.1, help="write this plausibility threshold into the pair")
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: for one out of its range, or two that exclude each other.
+        """
+        if self.init_pair and self.num_virtual_tokens:
+            raise ValueError("--num_virtual_tokens is the length of new prompts: leave it out with --init_pair")
+        ranges: dict[str, Callable[[Any], bool]] = {
+            "at least 1": lambda value: value >= 1,
+            "finite and at least 0": lambda value: 0 <= value < math.inf,
+            "from 0 to 1": lambda value: 0 <= value <= 1,
+            "at least 0 and below 1": lambda value: 0 <= value < 1,
+        }
+        wanted = dict.fromkeys(("num_virtual_tokens", "max_response_tokens"), "at least 1")
+        weights = ("lp_weight", "ln_weight", "lr_weight", "adversarial_epochs", "alpha")
+        wanted |= dict.fromkeys(weights, "finite and at least 0")
+        wanted |= {"beta": "from 0 to 1", "held_out_fraction": "at least 0 and below 1"}
+        for name, words in wanted.items():
+            value = getattr(self, name)
+            if value is not None and not ranges[words](value):
+                raise ValueError(f"--{name} must be {words}, not {value}")
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Weights of L_p, L_n and L_r."""
+        return self.lp_weight, self.ln_weight, self.lr_weight
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The texts that SP and AP start as (eq. 1).
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: it is empty.
+        """
+        return _read_text(self.safe_prompt_file, SAFE_PROMPT), _read_text(self.opposite_prompt_file, OPPOSITE_PROMPT)
+
+    @functools.cached_property
+    def model_path(self) -> str:
+        """The model's folder or Hub id; the demo model is fetched first.
+
+        Raises:
+            ImportError, OSError, RuntimeError: the demo model cannot be made.
+        """
+        return resolve_model_name(self.model_name_or_path)
+
+    @functools.cached_property
+    def start(self) -> PromptPair | None:
+        """The pair to go on from, loaded once: what is recorded of it is what is trained.
+
+        Raises:
+            OSError, ValueError: it cannot be loaded.
+        """
+        return PromptPair.from_pretrained(self.init_pair) if self.init_pair else None
+
+    def uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the chat template is used.
+
+        Raises:
+            ValueError: it is asked for, but there is none.
+        """
+        if self.chat and not tokenizer.chat_template:
+            raise ValueError(f"{self.model_name_or_path} has no chat template: leave out --chat")
+        return bool(tokenizer.chat_template) if self.chat is None else self.chat
+
+
+@dataclass
+class OPOTrainingArguments(TrainingArguments):
+    """transformers' arguments, with defaults for training prompts (docs/training.md says how they were chosen)."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    output_dir: str = HfArg(
+        default="prompt-pair", help="write the pair, and the checkpoints of both runs, into this folder"
+    )
+    learning_rate: float = HfArg(default=2e-2, help="train both prompts at this rate")
+    num_train_epochs: float = HfArg(default=10.0, help="train SP for this many passes over the anchor data")
+    per_device_train_batch_size: int = HfArg(default=32, help="put this many examples into a step on each device")
+    per_device_eval_batch_size: int = HfArg(
+        default=32, help="evaluate this many held-out examples at a time on each device"
+    )
+    warmup_steps: float = HfArg(
+        default=0.07, help="reach the learning rate after this many steps, or this share of them if it is below 1"
+    )
+    adam_beta2: float = HfArg(
+        default=0.99,
+        help="let AdamW forget old squared gradients at this rate: a run is too short for the usual 0.999",
+    )
+    eval_strategy: str = HfArg(default="epoch", help="choose when to evaluate on the held-out instructions")
+    save_strategy: str = HfArg(default="epoch", help="choose when to write a checkpoint")
+    save_total_limit: int | None = HfArg(default=1, help="keep this many checkpoints besides the best")
+    load_best_model_at_end: bool = HfArg(default=True, help="keep the checkpoint with the lowest held-out loss")
+    eval_on_start: bool = HfArg(default=True, help="evaluate before the first step, too")
+    logging_steps: float = HfArg(default=10, help="write a line of the log after this many steps")
+    # The soft prompt takes part in every forward
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False, help="let torch's DistributedDataParallel search for unused parameters"
+    )
+
+
+def parse_arguments(values: dict[str, Any]) -> tuple[OPOArguments, OPOTrainingArguments]:
+    """Both groups of arguments, from what the command's parser read; keys of neither are left out.
+
+    Raises:
+        ValueError: a value is wrong, or two exclude each other.
+    """
+    parser = HfArgumentParser((OPOArguments, OPOTrainingArguments))
+    options, args = parser.parse_dict(values, allow_extra_keys=True)
+    return options, args
+
+
+def check_arguments(options: OPOArguments, args: TrainingArguments) -> None:
+    """Check the two groups of arguments against each other.
+
+    Raises:
+        ValueError: two exclude each other, or one is missing; the message says what to do.
+    """
+    if args.push_to_hub and not args.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id")
+    if args.push_to_hub and args.hub_private_repo is False:
+        raise ValueError("a pair is pushed to a private repository: publish it with acd-logits push --public")
+    if args.resume_from_checkpoint not in (None, "auto"):
+        raise ValueError("a run goes on by itself where its --output_dir was left: leave out --resume_from_checkpoint")
+    if options.share_instruction_kv and args.gradient_checkpointing:
+        raise ValueError("--share_instruction_kv and --gradient_checkpointing exclude each other")
+
+
+def _read_text(path: str | None, default: str) -> str:
+    text = default if path is None else Path(path).read_text(encoding="utf-8").strip()
+    if not text:
+        raise ValueError(f"{path} is empty: a prompt starts as the embeddings of a text")
+    return text

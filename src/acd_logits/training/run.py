@@ -1,0 +1,279 @@
+"""One training run: two runs of the Trainer, first SP, then AP, and the pair that they leave behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .. import __version__
+from ..demo_model import DEMO_MODEL, DEMO_MODEL_ID
+from ..files import write_text
+from ..prompt_pair import STREAMS, PromptPair, base_model, chat_template_digest
+from ..prompts import system_prompt_ids
+from .arguments import check_arguments
+from .data import AnchorExamples, check_context, load_examples
+from .loss import TERMS
+from .model import OPOModel, initial_prompts
+from .trainer import OPOTrainer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from ..prompt_pair import PairConfig
+    from .arguments import OPOArguments
+
+SETTINGS_NAME = "training_settings.json"
+LOG_NAME = "log_history.json"  # is written last: a run that has it is finished
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of training is made of: all but the model.
+
+    Args:
+        options: what to train.
+        args: how to train.
+        tokenizer: the model's tokenizer.
+        examples: the anchor set as tokens.
+    """
+
+    options: OPOArguments
+    args: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    examples: AnchorExamples
+
+    @property
+    def folder(self) -> Path:
+        """Where the pair goes, and the checkpoints of both streams."""
+        return Path(self.args.output_dir)
+
+
+def prepare(options: OPOArguments, args: TrainingArguments) -> Run:
+    """Do everything that needs no weights: what is wrong with the input shows here.
+
+    Raises:
+        ImportError: a library that the data or the demo model needs is missing.
+        OSError: a file, or the model, cannot be read.
+        RuntimeError: the demo model could not be made.
+        ValueError: the model or the data cannot be trained with; the message says what to do.
+    """
+    check_arguments(options, args)
+    texts = options.texts
+    config = AutoConfig.from_pretrained(options.model_path, revision=options.model_revision)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{options.model_name_or_path} is an encoder-decoder: ACD is for decoder-only models")
+    tokenizer = AutoTokenizer.from_pretrained(options.model_path, revision=options.model_revision)
+    run = Run(options, args, tokenizer, load_examples(options, tokenizer, args.seed))
+    if start := options.start:
+        length = max(len(start.safeguarding), len(start.adversarial))
+    else:
+        length = min(len(system_prompt_ids(tokenizer, text)) for text in texts)
+    check_context(config, run.examples, options.num_virtual_tokens or length)
+    check_same_run(run)
+    return run
+
+
+def load_model(run: Run) -> PreTrainedModel:
+    """Load the frozen model.
+
+    Raises:
+        ImportError, OSError, ValueError: as of `from_pretrained`.
+    """
+    options = run.options
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if run.args.device.type == "cuda" else "float32"
+    placement = {"device_map": options.device_map} if options.device_map else {}
+    return AutoModelForCausalLM.from_pretrained(
+        options.model_path, revision=options.model_revision, dtype=dtype, **placement
+    )
+
+
+def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
+    """Train SP, then AP, and save the pair to the run's folder.
+
+    A run that was interrupted goes on from its last checkpoint, and a prompt that is finished is not trained again.
+
+    Args:
+        model: the model, of any kind `Trainer` accepts; its weights are frozen and stay as they are.
+        run: what to train, how, and on what.
+
+    Returns:
+        The pair, as saved.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
+        ValueError: the folder holds a run with other settings, or the pair to go on from does not fit the model.
+    """
+    model = base_model(model)
+    check_same_run(run)
+    settings = training_settings(run)
+    if run.args.should_save:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _write_json(run.folder / SETTINGS_NAME, settings)
+    initial = initial_prompts(model, run.tokenizer, run.options)
+    prompts, losses = {}, {}
+    for stream in STREAMS:
+        if stream == "adversarial" and not run.options.adversarial_epochs:
+            prompts[stream] = initial.adversarial
+            continue
+        prompts[stream], log = _train_prompt(stream, model, getattr(initial, stream), run)
+        losses[stream] = _held_out_summary(log, run.args)
+    model.eval()
+    measured = {"dtype": str(model.dtype).removeprefix("torch."), "held_out_loss": losses, "versions": _versions()}
+    pair = PromptPair(**prompts, config=_pair_config(initial.config, run, settings | measured))
+    if run.args.should_save:
+        pair.save_pretrained(run.folder)
+    return pair
+
+
+def _pair_config(initial: PairConfig, run: Run, training: dict[str, Any]) -> PairConfig:
+    """What the pair says about itself."""
+    options = run.options
+    demo = options.model_name_or_path == DEMO_MODEL
+    return dataclasses.replace(
+        initial,
+        base_model_name_or_path=DEMO_MODEL_ID if demo else options.model_name_or_path,
+        base_model_revision=options.model_revision,
+        alpha=options.alpha,
+        beta=options.beta,
+        share_instruction_kv=options.share_instruction_kv,
+        chat_template_sha256=chat_template_digest(run.tokenizer) if options.uses_chat(run.tokenizer) else None,
+        training=training,
+    )
+
+
+def training_settings(run: Run) -> dict[str, Any]:
+    """What decides how the prompts come out, for the pair's config: enough to train it again."""
+    options, args = run.options, run.args
+    ours = ("dtype", "num_virtual_tokens", "share_instruction_kv")
+    data = ("balance", "max_response_tokens", "held_out_fraction")
+    weights = ("lp_weight", "ln_weight", "lr_weight", "retain", "adversarial_epochs")
+    length = ("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+    optimiser = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
+    order = ("seed", "data_seed", "train_sampling_strategy")
+    kept = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_steps")
+    # The digest is of instructions, not of their tokens: some chat templates write the date into those
+    anchors = json.dumps([[e["instruction"], e["response"], e["split"]] for e in run.examples])
+    local = Path(options.model_name_or_path).is_dir()  # the rest of a folder's path is nobody's business
+    return {
+        "model": Path(options.model_name_or_path).name if local else options.model_name_or_path,
+        "model_revision": options.model_revision,
+        "chat": options.uses_chat(run.tokenizer),
+        **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),
+        "init_pair": start.digest if (start := options.start) else None,
+        **{name: getattr(options, name) for name in (*ours, *data, *weights)},
+        **{name: getattr(args, name) for name in (*length, *optimiser, *order, "bf16", "fp16", *kept)},
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "eval_strategy": str(getattr(args.eval_strategy, "value", args.eval_strategy)),
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "pairs": run.examples.counts(),
+        "anchors_sha256": hashlib.sha256(anchors.encode()).hexdigest(),
+    }
+
+
+def check_same_run(run: Run) -> None:
+    """Compare the run's settings with those of an earlier run in its folder, which would go on.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    settings = training_settings(run)
+    path = run.folder / SETTINGS_NAME
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            raise ValueError(
+                f"{run.folder} holds a run with another {name} ({earlier.get(name)}, now {value}): choose another "
+                "--output_dir, or remove that one to start again"
+            )
+
+
+def _train_prompt(
+    stream: str, model: PreTrainedModel, initial: torch.Tensor, run: Run
+) -> tuple[torch.Tensor, list[dict[str, float]]]:
+    """Train one prompt, or load it if it is finished; returns it with the log of its run."""
+    folder = run.folder.absolute() / f"{stream}-run"
+    if (folder / LOG_NAME).is_file():
+        prompt = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+        return prompt, json.loads((folder / LOG_NAME).read_text(encoding="utf-8"))
+    opo = OPOModel.from_prompt(model, initial, share_instruction_kv=run.options.share_instruction_kv)
+    checkpoint = _last_checkpoint(folder)
+    trainer = OPOTrainer(
+        stream,
+        run.options,
+        model=opo,
+        args=_stream_arguments(stream, folder, checkpoint, run),
+        train_dataset=run.examples.train,
+        eval_dataset=run.examples.held_out or None,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if run.args.should_save:
+        opo.save_pretrained(str(folder))
+        _write_json(folder / LOG_NAME, trainer.state.log_history)
+    return opo.soft_prompt.detach().cpu().clone(), trainer.state.log_history
+
+
+def _stream_arguments(stream: str, folder: Path, checkpoint: str | None, run: Run) -> TrainingArguments:
+    """The arguments of the Trainer's run for one stream."""
+    args = copy.copy(run.args)
+    args.output_dir = str(folder)
+    args.run_name = f"{args.run_name or Path(args.output_dir).parent.name}-{stream}"
+    args.remove_unused_columns = False  # `collate` needs what the model's forward does not name
+    args.push_to_hub = False  # the finished pair is pushed, not the checkpoints
+    if stream == "adversarial":
+        args.num_train_epochs = run.options.adversarial_epochs
+    if checkpoint:
+        args.eval_on_start = False  # it is not the start
+    if not run.options.held_out_fraction:
+        args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
+    return args
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; the Trainer's state is the last file it writes into one."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None
+
+
+def _held_out_summary(log: list[dict[str, float]], args: TrainingArguments) -> dict[str, dict[str, float]]:
+    """The held-out losses before training, if that was evaluated, and of the prompt that was kept."""
+    names = ("epoch", "eval_loss", *(f"eval_{term}" for term in TERMS))
+    evaluations = [
+        {n.removeprefix("eval_"): line[n] for n in names if n in line} for line in log if "eval_loss" in line
+    ]
+    before = [line for line in evaluations if line["epoch"] == 0]
+    after = evaluations[len(before) :]
+    if not after:
+        return {}
+    kept = after[-1]
+    if args.load_best_model_at_end:
+        metric = args.metric_for_best_model.removeprefix("eval_")
+        choose = max if args.greater_is_better else min
+        kept = choose(after, key=lambda line: line[metric])
+    return {**({"first": before[0]} if before else {}), "kept": kept}
+
+
+def _versions() -> dict[str, str]:
+    return {"acd_logits": __version__} | {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")

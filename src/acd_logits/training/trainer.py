@@ -1,0 +1,158 @@
+"""transformers' Trainer with the losses of eq. 3 and 4.
+
+"Mean over tokens" in eq. 3 and 4 is the mean over all tokens of a split in one optimiser step, over every process and
+every micro-batch: the sum of the losses is divided by a count that was gathered before the step. So gradient
+accumulation and the number of processes change nothing but the speed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from ..anchors import SPLITS
+from .data import IGNORED, collate, leave_out_apologies, refusal_openings
+from .loss import TERMS, count_tokens, opo_loss
+from .sampler import BalancedSampler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import EvalPrediction
+
+    from .arguments import OPOArguments
+    from .data import Batch, Example
+
+PLAIN_CACHE_BYTES = 2 << 30  # so much of the plain model's logits is kept for the KL forms of L_r
+
+
+class OPOTrainer(Trainer):
+    """transformers' Trainer with the loss of eq. 3 or 4, each of its terms in the log.
+
+    Args:
+        stream: "safeguarding" or "adversarial".
+        options: weights of the terms and the form of L_r.
+        kwargs: as of `Trainer`; the model is an [`OPOModel`].
+    """
+
+    def __init__(self, stream: str, options: OPOArguments, **kwargs: Any) -> None:
+        self._refused = refusal_openings(kwargs["train_dataset"]) if options.retain == "answer" else []
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = kwargs[name] and leave_out_apologies(kwargs[name], self._refused)
+        super().__init__(data_collator=collate, compute_metrics=self._held_out_loss, **kwargs)
+        self.stream, self.options = stream, options
+        self.model_accepts_loss_kwargs = True  # our mean is over all micro-batches: nothing is left to divide
+        self._plain: dict[tuple[int, ...], torch.Tensor] = {}
+        # Sums and token counts of the three terms since the last line of the log
+        self._logged = torch.zeros(2, len(TERMS), device=self.args.device)
+
+    def _get_train_sampler(
+        self, train_dataset: Sequence[Example] | None = None
+    ) -> torch.utils.data.Sampler[int] | None:
+        """The order of an epoch."""
+        if not self.options.balance:
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BalancedSampler(self.train_dataset, batch_size, seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """Fetch the micro-batches of one step, and count each term's tokens in them over all processes, `[3]`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        loader = self.accelerator.gradient_state
+        if batches and loader.end_of_dataloader and loader.remainder > 0:
+            # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice
+            first = max(0, loader.remainder - self.args.process_index * len(batches[-1]["labels"]))
+            batches[-1]["labels"][first:] = batches[-1]["avoided"][first:] = IGNORED
+        counts = torch.zeros(len(TERMS), device=device)
+        for batch in batches:
+            tokens = count_tokens(batch["labels"], batch["avoided"], batch["splits"], self.stream)
+            counts += tokens.sum(0).to(device)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the step's loss."""
+        assert num_items_in_batch is not None
+        sums, counts = self._sums(model, inputs)
+        self._logged += torch.stack([sums.detach().sum(0), counts.sum(0)])
+        loss = self._weighted(sums.sum(0) / num_items_in_batch.clamp(min=1))
+        _check_finite(loss.item(), self.state.global_step)
+        # The gradients of several processes are averaged, but each process has only its share of the sum
+        return loss * self.accelerator.num_processes
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Sums and token counts of each row, `[B, 3]`, in the places of logits and labels."""
+        with torch.no_grad():
+            return None, *self._sums(model, self._prepare_inputs(inputs))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add L_p, L_n and L_r, over the tokens since the last line, to a line of the training log."""
+        if "loss" in logs:
+            logs = logs | _means(*self.accelerator.reduce(self._logged, reduction="sum"))
+            self._logged.zero_()
+        super().log(logs, start_time)
+
+    def _sums(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
+        avoided, splits = inputs["avoided"], inputs["splits"]
+        plain = None
+        if self.options.retain != "ce":
+            safe = splits == SPLITS.index("D_S")
+            plain = self._plain_logits(ids[safe], mask[safe], labels[safe]) if safe.any() else None
+        logits = model(ids, mask, labels.shape[1])
+        sums = opo_loss(logits, labels, avoided, splits, self.stream, plain)
+        return sums, count_tokens(labels, avoided, splits, self.stream)
+
+    def _plain_logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, R, vocab]` without the soft prompt: a row's stay as they are, and are computed once.
+
+        With `--retain answer`, no response begins with a token that refusals begin with.
+        """
+        rows = zip(ids, mask.bool(), labels != IGNORED, strict=True)
+        keys = [(int(response.sum()), *row[kept].tolist()) for row, kept, response in rows]
+        new = [i for i, key in enumerate(keys) if key not in self._plain]
+        found = {key: self._plain[key] for key in keys if key in self._plain}
+        if new:
+            # This goes past the wrapper of several processes, which would wait for one that has no such rows
+            with torch.no_grad():
+                logits = self.model(ids[new], mask[new], labels.shape[1], prompted=False)
+            for i, row in zip(new, logits, strict=True):
+                row[0, self._refused] = torch.finfo(row.dtype).min
+                found[keys[i]] = row[labels[i] != IGNORED].cpu()
+            if sum(logits.nbytes for logits in self._plain.values()) < PLAIN_CACHE_BYTES:
+                self._plain |= found
+        padded = torch.nn.utils.rnn.pad_sequence([found[key] for key in keys], batch_first=True)
+        missing = labels.shape[1] - padded.shape[1]
+        return torch.nn.functional.pad(padded, (0, 0, 0, missing)).to(ids.device)
+
+    def _weighted(self, terms: torch.Tensor) -> torch.Tensor:
+        return (terms * torch.tensor(self.options.weights, device=terms.device)).sum()
+
+    def _held_out_loss(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Means over all held-out tokens; "loss" chooses the best checkpoint."""
+        sums, counts = (torch.from_numpy(rows).sum(0) for rows in (prediction.predictions, prediction.label_ids))
+        loss = self._weighted(sums / counts.clamp(min=1)).item()
+        _check_finite(loss, self.state.global_step)
+        return {"loss": loss} | _means(sums, counts)
+
+
+def _means(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+    return {name: (s / n).item() for name, s, n in zip(TERMS, sums, counts, strict=True) if n > 0}
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} after {step} steps: lower --learning_rate")

@@ -1,0 +1,56 @@
+"""Sampling: what the model sees, and under which system prompts."""
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from acd_logits import anchors
+from acd_logits.anchors import SamplingSettings
+from acd_logits.prompts import OPPOSITE_PROMPT, SAFE_PROMPT
+from tiny_anchors import INSTRUCTIONS, TEMPLATE, build_anchor_model, build_anchor_tokenizer
+
+NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_anchor_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return build_anchor_model(tokenizer)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, NO_SYSTEM_TURN, None])
+def test_the_model_sees_what_a_user_would_send(model, tokenizer, tmp_path, template):
+    """Greedy responses in batches equal generate on one conversation, as a user would write it."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="[END]")
+    tokenizer.chat_template = template
+
+    def expected(system_prompt, instruction):
+        turns = [{"role": "user", "content": instruction}]
+        if system_prompt and template == TEMPLATE:
+            turns.insert(0, {"role": "system", "content": system_prompt})
+        elif system_prompt:
+            turns[0]["content"] = f"{system_prompt}\n\n{instruction}"
+        text = turns[0]["content"]
+        if template:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, pad_token_id=2)
+        return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+    settings = SamplingSettings(batch_size=4, max_new_tokens=12, temperature=0)
+    rows = anchors.sample_responses(model, tokenizer, INSTRUCTIONS[:3], tmp_path / "partial", settings)
+    prompts = {"safe": SAFE_PROMPT, "opposite": OPPOSITE_PROMPT, "null": ""}
+    assert len(rows) == 9
+    for row in rows:
+        assert row["response"] == expected(prompts[row["system_prompt"]], row["instruction"])
+
+
+def test_fewer_system_prompts_may_be_chosen(model, tokenizer, tmp_path):
+    settings = SamplingSettings(system_prompts=("null",), max_new_tokens=3)
+    rows = anchors.sample_responses(model, tokenizer, INSTRUCTIONS[:3], tmp_path / "partial", settings)
+    assert sorted(row["instruction"] for row in rows) == sorted(row["instruction"] for row in INSTRUCTIONS[:3])
+    assert {row["system_prompt"] for row in rows} == {"null"}

@@ -1,0 +1,79 @@
+"""Eq. 3 and 4."""
+
+import math
+
+import pytest
+import torch
+
+from acd_logits.anchors import SPLITS
+from acd_logits.training import opo_loss
+from acd_logits.training.data import IGNORED
+from acd_logits.training.loss import count_tokens
+
+
+def by_hand(logits, labels, splits, stream, plain=None):
+    """Eq. 3 and 4, token by token in double precision; the sums of each row."""
+    follow, avoid = ("D_HR", "D_HA") if stream == "safeguarding" else ("D_HA", "D_HR")
+    sums = torch.zeros(len(logits), 3, dtype=torch.float64)
+    for i, split in enumerate(SPLITS[s] for s in splits):
+        for t, y in enumerate(labels[i].tolist()):
+            if y == IGNORED:
+                continue
+            p = logits[i, t].double().softmax(-1)
+            if split == follow:
+                sums[i, 0] += -math.log(p[y])
+            if split == avoid:
+                sums[i, 1] += -math.log(1 - p[y])
+            if split == "D_S" and plain is None:
+                sums[i, 2] += -math.log(p[y])
+            if split == "D_S" and plain is not None:
+                q = plain[i, t].double().softmax(-1)
+                sums[i, 2] += sum(float(q[v]) * math.log(q[v] / p[v]) for v in range(len(q)))
+    return sums
+
+
+@pytest.mark.parametrize("stream", ["safeguarding", "adversarial"])
+@pytest.mark.parametrize("retain", ["ce", "kl"])
+def test_loss_is_equations_3_and_4(stream, retain):
+    torch.manual_seed(0)
+    logits, plain = torch.randn(2, 6, 4, 11) * 3
+    splits = torch.tensor([0, 1, 2, 2, 0, 1])
+    labels = torch.randint(0, 11, (6, 4))
+    labels[0, 2:] = labels[3, 1:] = labels[5, :] = IGNORED
+    given = plain if retain == "kl" else None
+
+    avoided = labels.clone()
+    avoided[0, :1] = avoided[1, :2] = IGNORED  # the refusal and the answer begin alike there
+    sums = opo_loss(logits, labels, avoided, splits, stream, None if given is None else given[splits == 2])
+    expected = by_hand(logits, labels, splits, stream, given)
+    expected[:, 1] = by_hand(logits, avoided, splits, stream, given)[:, 1]
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
+    follow, avoid = (0, 1) if stream == "safeguarding" else (1, 0)
+    tokens = count_tokens(labels, avoided, splits, stream)
+    assert tokens[:, 0].tolist() == [int((labels[i] != IGNORED).sum()) * (splits[i] == follow) for i in range(6)]
+    assert tokens[:, 1].tolist() == [int((avoided[i] != IGNORED).sum()) * (splits[i] == avoid) for i in range(6)]
+    assert tokens[:, 2].tolist() == [0, 0, 4, 1, 0, 0]
+
+
+def test_unlikelihood_is_exact_where_p_rounds_to_one():
+    logits = torch.zeros(1, 1, 11)
+    logits[..., 3] = 60.0
+    logits.requires_grad_()
+    labels = torch.tensor([[3]])
+    loss = opo_loss(logits, labels, labels, torch.tensor([1]), "safeguarding")[0, 1]
+    loss.backward()
+    # 1 - P = 10 / (10 + e^60)
+    assert loss.item() == pytest.approx(60 - math.log(10), rel=1e-6)
+    assert logits.grad[0, 0, 3].item() == pytest.approx(1)
+    assert logits.grad[0, 0, 4].item() == pytest.approx(-0.1)
+
+
+def test_gradients_are_those_of_the_equations():
+    torch.manual_seed(1)
+    logits = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
+    labels, splits = torch.tensor([[1, 2], [3, IGNORED], [5, 6]]), torch.tensor([0, 1, 2])
+    p = logits.softmax(-1)
+    expected = -p[0, 0, 1].log() - p[0, 1, 2].log() - (1 - p[1, 0, 3]).log() - p[2, 0, 5].log() - p[2, 1, 6].log()
+    (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (got,) = torch.autograd.grad(opo_loss(logits, labels, labels, splits, "safeguarding").sum(), logits)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,223 @@
+"""A run of both streams: its losses fall, and the pair is saved with what made it."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from acd_logits import ACDLogitsProcessor, PromptPair, training
+from acd_logits.training import TERMS, OPOModel, OPOTrainer, Run, collate, encode_anchors, initial_prompts, train_pair
+from conftest import VOCAB, build_model, build_pair
+from tiny_training import (
+    HARMFUL,
+    anchor_examples,
+    anchor_rows,
+    assert_same_pair,
+    build_arguments,
+    build_options,
+    history,
+)
+
+
+def undecided_model(tokenizer):
+    """A tiny model that refuses a harmful instruction as often as not, and that a prefix can tell which to do."""
+    model = build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    prefixes = {"D_HR": ["", "w80 w81 "], "D_HA": ["", "w82 w83 "], "D_S": ["", "w80 w81 ", "w82 w83 "]}
+    rows = [
+        {**row, "instruction": prefix + row["instruction"]}
+        for row in anchor_rows()
+        for prefix in prefixes[row["split"]]
+    ]
+    batch = collate(encode_anchors(rows, tokenizer, False, 64))
+    length = batch["labels"].shape[1]
+    for _ in range(120):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -length - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A pair trained on the tiny model, far enough for its losses to fall, with the folder it was saved to."""
+    from conftest import tokenizer as fixture
+
+    tokenizer = fixture.__wrapped__()
+    folder = tmp_path_factory.mktemp("run") / "pair"
+    options = build_options(retain="kl", alpha=0.4, beta=0.2, adversarial_epochs=20.0)
+    arguments = build_arguments(folder, num_train_epochs=20, learning_rate=0.03)
+    model = undecided_model(tokenizer)
+    weights = copy.deepcopy(model.state_dict())
+    pair = train_pair(model, Run(options, arguments, tokenizer, anchor_examples(tokenizer)))
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    return folder, pair, model, tokenizer
+
+
+@pytest.mark.parametrize("stream", ["safeguarding", "adversarial"])
+def test_a_run_lowers_every_term_on_held_out_instructions(trained, stream):
+    log = history(trained[0], stream)
+    evaluations = [line for line in log if "eval_loss" in line]
+    assert len(evaluations) == 1 + 20  # before the first step, and after each epoch
+    for term in TERMS:
+        values = [line[f"eval_{term}"] for line in evaluations]
+        assert values[-1] < values[0], term
+        assert [line[term] for line in log if term in line]
+    weighted = sum(evaluations[2][f"eval_{term}"] for term in TERMS)
+    assert evaluations[2]["eval_loss"] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_the_streams_mirror_each_other(trained):
+    """SP refuses what AP answers: the likeliest first token of each after a harmful instruction."""
+    _, pair, model, tokenizer = trained
+    x = model.get_input_embeddings()(torch.tensor([tokenizer(f"{HARMFUL} w31")["input_ids"]]))
+    first = [
+        model(inputs_embeds=torch.cat([prompt[None], x], 1)).logits[0, -1].argmax().item()
+        for prompt in (pair.safeguarding, pair.adversarial)
+    ]
+    assert first == [50, 60]
+
+
+def test_the_pair_is_saved_with_what_made_it(trained):
+    folder, pair, model, _ = trained
+    loaded = PromptPair.from_pretrained(folder)
+    assert_same_pair(loaded, pair, rtol=0, atol=0)
+    config = loaded.config
+    assert (config.alpha, config.beta) == (0.4, 0.2)
+    assert config.base_model_name_or_path == "some/model"
+    assert (config.hidden_size, config.vocab_size) == (32, VOCAB)
+    assert config.training["retain"] == "kl"
+    assert config.training["batch_size"] == 8
+    assert config.training["pairs"] == {
+        "train": {"D_HR": 7, "D_HA": 7, "D_S": 7},
+        "held_out": {"D_HR": 3, "D_HA": 3, "D_S": 3},
+    }
+    losses = config.training["held_out_loss"]["adversarial"]
+    assert losses["kept"]["loss"] < losses["first"]["loss"]
+
+    stock = PeftModel.from_pretrained(copy.deepcopy(model), folder, subfolder="safeguarding")
+    ids = torch.tensor([[5, 6, 7]])
+    x = torch.cat([pair.safeguarding[None], model.get_input_embeddings()(ids)], 1)
+    torch.testing.assert_close(stock(input_ids=ids).logits, model(inputs_embeds=x).logits)
+
+
+def test_the_best_checkpoint_is_kept(tokenizer, tmp_path):
+    """With a learning rate that ruins the prompt, the best of a run is its first checkpoint, not its last."""
+    arguments = build_arguments(tmp_path, num_train_epochs=4, learning_rate=0.05, lr_scheduler_type="constant")
+    examples, options = anchor_examples(tokenizer), build_options()
+
+    class Spoil(OPOTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step >= 6:  # two epochs of three steps
+                self.optimizer.param_groups[0]["lr"] = 50.0
+            return super().training_step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.run, "OPOTrainer", Spoil)
+        pair = train_pair(build_model(), Run(options, arguments, tokenizer, examples))
+    losses = [line["eval_loss"] for line in history(tmp_path) if "eval_loss" in line][1:]
+    assert min(losses) == losses[1]
+    saved = load_file(tmp_path / "safeguarding-run" / "checkpoint-6" / "adapter_model.safetensors")
+    assert torch.equal(saved["prompt_embeddings"], pair.safeguarding)
+    assert pair.config.training["held_out_loss"]["safeguarding"]["kept"]["epoch"] == 2
+
+
+def test_without_a_held_out_part(tokenizer, tmp_path):
+    examples = anchor_examples(tokenizer, held_out=0)
+    pair = train_pair(
+        build_model(), Run(build_options(held_out_fraction=0.0), build_arguments(tmp_path), tokenizer, examples)
+    )
+    assert_same_pair(PromptPair.from_pretrained(tmp_path), pair)
+    assert not any("eval_loss" in line for line in history(tmp_path))
+
+
+def test_the_adversarial_prompt_may_have_epochs_of_its_own(tokenizer, tmp_path):
+    options = build_options(adversarial_epochs=1.0)
+    train_pair(build_model(), Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
+    assert history(tmp_path)[-1]["epoch"] == 2
+    assert history(tmp_path, "adversarial")[-1]["epoch"] == 1
+
+
+def test_the_adversarial_prompt_may_stay_as_it_starts(tokenizer, tmp_path):
+    options = build_options(adversarial_epochs=0.0)
+    model = build_model()
+    pair = train_pair(model, Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
+    start = initial_prompts(model, tokenizer, options)
+    assert torch.equal(pair.adversarial, start.adversarial)
+    assert not torch.equal(pair.safeguarding, start.safeguarding)
+
+
+def test_a_run_goes_on_from_another_pair(tokenizer, tmp_path):
+    build_pair(n_s=5, n_a=3, vocab_size=VOCAB, results={"over_refusal": []}).save_pretrained(tmp_path / "first")
+    start = PromptPair.from_pretrained(tmp_path / "first")
+    options = build_options(init_pair=str(tmp_path / "first"), adversarial_epochs=0.0)
+    arguments = build_arguments(tmp_path / "second", num_train_epochs=1, learning_rate=1e-3)
+    pair = train_pair(build_model(), Run(options, arguments, tokenizer, anchor_examples(tokenizer)))
+    assert torch.equal(pair.adversarial, start.adversarial)
+    moved = (pair.safeguarding - start.safeguarding).abs().max()
+    assert 0 < moved < 0.01
+    assert pair.config.results == {}, "they were measured on the first pair"
+    assert pair.config.training["init_pair"] == start.digest
+
+    build_pair(n_s=5, n_a=3, seed=2, vocab_size=VOCAB).save_pretrained(tmp_path / "first")
+    with pytest.raises(ValueError, match="holds a run with another init_pair"):
+        again = build_options(init_pair=str(tmp_path / "first"), adversarial_epochs=0.0)
+        train_pair(build_model(), Run(again, arguments, tokenizer, anchor_examples(tokenizer)))
+
+
+def test_a_pair_to_go_on_from_must_fit(tokenizer, tmp_path):
+    build_pair(hidden=8).save_pretrained(tmp_path / "first")
+    options = build_options(init_pair=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="was made for hidden size 8"):
+        train_pair(
+            build_model(), Run(options, build_arguments(tmp_path / "second"), tokenizer, anchor_examples(tokenizer))
+        )
+    with pytest.raises(ValueError, match="leave it out with --init_pair"):
+        build_options(init_pair="a/pair", num_virtual_tokens=7)
+
+
+def test_a_pair_trained_with_a_shared_instruction_is_used_so(tokenizer, tmp_path):
+    """What its loss was computed on is what generate computes."""
+    model = build_model()
+    options = build_options(share_instruction_kv=True, adversarial_epochs=0.0)
+    train_pair(model, Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
+    pair = PromptPair.from_pretrained(tmp_path)
+    assert pair.config.share_instruction_kv
+    assert pair.config.training["share_instruction_kv"]
+    batch = collate(anchor_examples(tokenizer).held_out)
+    length = batch["labels"].shape[1]
+    opo = OPOModel.from_prompt(build_model(), pair.safeguarding, share_instruction_kv=True)
+    prompts = {name: batch[name][:, :-length] for name in ("input_ids", "attention_mask")}
+    acd = ACDLogitsProcessor(model, pair, alpha=0.0, beta=0.0)
+    options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    scores = model.generate(**prompts, logits_processor=[acd], **options).scores[0]
+    torch.testing.assert_close(
+        scores, opo(batch["input_ids"], batch["attention_mask"], length)[:, 0], atol=1e-4, rtol=0
+    )
+
+
+def test_a_run_goes_on_within_an_epoch(tokenizer, tmp_path, monkeypatch):
+    """Three steps make an epoch, and a checkpoint is written after every second."""
+    every = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    examples, compute_loss = anchor_examples(tokenizer), OPOTrainer.compute_loss
+
+    def stop_in_step_5(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(OPOTrainer, "compute_loss", stop_in_step_5)
+    for _ in range(2):
+        arguments = build_arguments(tmp_path / "stopped", **every)
+        with pytest.raises(KeyboardInterrupt):
+            train_pair(build_model(), Run(build_options(), arguments, tokenizer, examples))
+    monkeypatch.undo()
+    resumed, whole = (
+        train_pair(build_model(), Run(build_options(), build_arguments(tmp_path / name, **every), tokenizer, examples))
+        for name in ("stopped", "whole")
+    )
+    assert_same_pair(resumed, whole)

@@ -1,0 +1,123 @@
+"""Steps and evaluations: what the loss is a mean over, its forms and its weights."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+from acd_logits.anchors import SPLITS
+from acd_logits.training import TERMS, OPOModel, OPOTrainingArguments, Run, initial_prompts, train_pair, trainer
+from conftest import VOCAB, build_model
+from tiny_training import anchor_examples, assert_same_pair, build_arguments, build_options, history
+
+
+@pytest.mark.parametrize("retain", ["ce", "kl", "answer"])
+def test_micro_batches_change_nothing(tokenizer, tmp_path, retain):
+    """Eight at once, or twice four; 21 examples, so that an epoch's last step is short."""
+    examples = anchor_examples(tokenizer)
+    results = []
+    for size in (8, 4):
+        folder, steps = tmp_path / str(size), 8 // size
+        arguments = build_arguments(folder, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        results.append(train_pair(build_model(), Run(build_options(retain=retain), arguments, tokenizer, examples)))
+    assert_same_pair(*results, rtol=1e-4, atol=1e-4)
+    whole, parts = ([line for line in history(tmp_path / size) if "L_p" in line] for size in ("8", "4"))
+    for one, other in zip(whole, parts, strict=True):
+        assert {key: one[key] for key in ("loss", *TERMS)} == pytest.approx(
+            {key: other[key] for key in ("loss", *TERMS)}, rel=1e-3
+        )
+
+
+def test_the_plain_model_answers_each_safe_example_once(tokenizer, tmp_path, monkeypatch):
+    """Over two epochs and three evaluations of each prompt; without the store, the prompts come out the same."""
+    examples, forward, rows = anchor_examples(tokenizer), OPOModel.forward, []
+
+    def counting(self, input_ids, attention_mask, response_length, prompted=True):
+        if not prompted:
+            rows.append(len(input_ids))
+        return forward(self, input_ids, attention_mask, response_length, prompted)
+
+    monkeypatch.setattr(OPOModel, "forward", counting)
+    results = []
+    for limit in (trainer.PLAIN_CACHE_BYTES, 0):
+        monkeypatch.setattr(trainer, "PLAIN_CACHE_BYTES", limit)
+        options, arguments = build_options(retain="kl"), build_arguments(tmp_path / str(limit))
+        results.append(train_pair(build_model(), Run(options, arguments, tokenizer, examples)))
+        assert sum(rows) == (2 * (7 + 3) if limit else 2 * (2 * 7 + 3 * 3))
+        rows.clear()
+    assert_same_pair(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_retain_may_leave_out_what_refusals_begin_with(tokenizer, tmp_path):
+    """The held-out L_r at the start, by hand: the plain model without the refusals' first word, apologies cut off."""
+    examples, model = anchor_examples(tokenizer), build_model()
+    safe = [example for example in examples.held_out if SPLITS[example["split"]] == "D_S"]
+    safe[0]["response"] = [50, *safe[0]["response"]]
+    options = build_options(retain="answer")
+    prompt = initial_prompts(model, tokenizer, options).safeguarding
+    train_pair(model, Run(options, build_arguments(tmp_path), tokenizer, examples))
+    losses = []
+    for example in safe:
+        ids, response = example["input_ids"], example["response"]
+        x = model.get_input_embeddings()(torch.tensor([ids + response]))
+        plain, prompted = (
+            model(inputs_embeds=embeds).logits[0, -len(response) - 1 : -1].log_softmax(-1)
+            for embeds in (x, torch.cat([prompt[None], x], dim=1))
+        )
+        plain[0, 50] = -math.inf
+        plain = plain.log_softmax(-1)
+        divergence = torch.where(plain.exp() > 0, plain.exp() * (plain - prompted), 0).sum(-1)
+        losses += divergence[: 1 if response[0] == 50 else None].tolist()
+    first = next(line for line in history(tmp_path) if "eval_L_r" in line)
+    assert len(losses) < sum(len(example["response"]) for example in safe)
+    assert first["eval_L_r"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_weights_of_zero_switch_a_term_off(tokenizer, tmp_path):
+    """With L_p alone, L_n and L_r do not matter: other weights would give another prompt."""
+    options = build_options(ln_weight=0.0, lr_weight=0.0, lp_weight=2.0)
+    train_pair(build_model(), Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
+    for line in history(tmp_path):
+        if "L_p" in line:
+            assert line["loss"] == pytest.approx(2 * line["L_p"], rel=1e-4)
+
+
+def test_without_balance_the_trainer_decides(tokenizer, tmp_path):
+    examples = anchor_examples(tokenizer)
+    # One safe example more: 7 refusals, 7 answers to harmful instructions, 8 answers to safe ones
+    examples.train += examples.held_out[2:3]
+    for balance, steps in ((True, 21), (False, 22)):
+        folder = tmp_path / str(balance)
+        arguments = build_arguments(folder, num_train_epochs=1, per_device_train_batch_size=1)
+        options = build_options(balance=balance, adversarial_epochs=0.0)
+        pair = train_pair(build_model(), Run(options, arguments, tokenizer, examples))
+        assert sum("L_p" in line or "L_n" in line or "L_r" in line for line in history(folder)) == steps
+        assert pair.config.training["balance"] is balance
+
+
+def test_gradient_checkpointing_changes_nothing(tokenizer, tmp_path):
+    new_name = hasattr(OPOTrainingArguments, "activation_checkpointing")
+    flag = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    pairs = []
+    for checkpointing in (False, True):
+        model = build_model()
+        arguments = build_arguments(tmp_path / str(checkpointing), num_train_epochs=1, **{flag: checkpointing})
+        pairs.append(train_pair(model, Run(build_options(), arguments, tokenizer, anchor_examples(tokenizer))))
+        assert model.model.layers[0].gradient_checkpointing == checkpointing
+    assert_same_pair(*pairs)
+
+
+def test_training_on_a_4_bit_model(tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=quantization, device_map={"": "cpu"}
+    )
+    train_pair(model, Run(build_options(), build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
+    losses = [line["eval_loss"] for line in history(tmp_path) if "eval_loss" in line]
+    assert losses[-1] < losses[0]
