@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import io
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -159,6 +160,26 @@ def test_a_wrong_option_is_noticed(parse):
         parse(main, "generate", "--no_such_option", "1")
     with pytest.raises(SystemExit):
         parse(ROOT / "scripts/train.py", "--no_such_option", "1")
+
+
+# -- API reference ------------------------------------------------------------------------------------------------
+
+
+def documented_objects():
+    for page in ROOT.glob("docs/api/*.md"):
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^::: (\S+)\n((?:    .*\n)*)", text + "\n", re.MULTILINE):
+            members = re.search(r"members: \[(.*)\]", match[2])
+            yield pytest.param(match[1], members[1].split(", ") if members else [], id=match[1])
+
+
+@pytest.mark.parametrize(("path", "members"), list(documented_objects()))
+def test_api_pages_name_what_is_there(path, members):
+    """A strict build does not notice a member that has moved away: it leaves it out."""
+    if path.startswith("acd_logits.vllm.") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM")
+    found = pkgutil.resolve_name(path)
+    assert [member for member in members if not hasattr(found, member)] == []
 
 
 # -- options ------------------------------------------------------------------------------------------------------
