@@ -1,5 +1,8 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
-# make test   linters; every test on the newest transformers, those closest to it on the oldest, and the plugin on vLLM
+# make test   linters and the site; every test on the newest transformers, those closest to it on the oldest, and the
+#             plugin on vLLM
+# make docs   the site of docs/, into build/site; a warning is an error
+# make dist   sdist and wheel into dist/, checked; the wheel runs the README's first example in an empty environment
 # make bench  measure the first table of docs/benchmarks.md, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
 # make pair   train the demo model's prompt pair again, into new-pair/3 (78 minutes on 2 cores that compute in bfloat16)
@@ -10,6 +13,7 @@ TORCH := torch==2.13.0
 VENV := .venv
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
+DIST := .venv-dist
 # Modules are compiled when they are first imported, and not when they are installed: torch takes 10 s instead of 18
 PIP := bin/python -m pip install -q --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,7 +25,7 @@ PAIR ?= smollm2-135m-instruct
 # Of training and evaluation. bfloat16 is slow on CPUs without instructions for it: make pair DTYPE=float32
 DTYPE ?= bfloat16
 
-.PHONY: demo test lint test-newest test-oldest test-vllm bench bench-vllm soak-vllm pair evaluation clean
+.PHONY: demo test lint docs test-newest test-oldest test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
 $(VENV)/demo: setup.cfg
@@ -59,7 +63,7 @@ demo: $(VENV)/demo
 # What leaves a core idle runs beside something else. But the project itself is installed once at a time, since pip builds
 # it in its tree
 test:
-	$(MAKE) -j 2 lint $(VLLM)/vllm
+	$(MAKE) -j 2 lint docs $(VLLM)/vllm
 	$(MAKE) test-newest $(OLDEST)/dev $(VLLM)/dev
 	$(MAKE) -j 2 -O test-oldest test-vllm
 
@@ -68,12 +72,17 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Built without network, and read without it: no page may load a script, a style or a picture from elsewhere
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet -f docs/site/mkdocs.yml
+	! grep -rlE '<(script|link|img)[^>]* (src|href)="?(https?:)?//' build/site --include='*.html'
+
 test-newest: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 # Left out: what reaches transformers through the rest of the package only
 REACHED = anchors cli evaluation/test_harness.py evaluation/test_inspect.py evaluation/test_judges.py \
-	test_benchmark.py test_demo_model.py
+	test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_gpu_check.py
 
 test-oldest: $(OLDEST)/dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model" \
@@ -82,6 +91,15 @@ test-oldest: $(OLDEST)/dev
 # In one process, which hosts most of the engines
 test-vllm: $(VLLM)/dev
 	$(VLLM)/bin/python -m pytest -m "not long" tests/test_vllm.py
+
+dist: $(VENV)/dev
+	rm -rf dist $(DIST)
+	$(VENV)/bin/pyproject-build
+	$(VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/$(PIP) $(TORCH)
+	$(DIST)/$(PIP) "$$(ls dist/*.whl)[demo]"
+	README_PYTHON=$(abspath $(DIST))/bin/python $(VENV)/bin/python -m pytest tests/test_docs.py -k empty_folder
 
 bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
@@ -122,4 +140,4 @@ soak-vllm: served
 	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/soak_vllm.py --folder served
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) served build src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(DIST) served build dist src/*.egg-info

@@ -1,0 +1,53 @@
+"""Train a prompt pair for the demo model: make the anchor data, then train both prompts.
+
+python examples/train.py
+
+This takes about an hour on two cores. A small trial run, which shows that everything works and trains nothing useful:
+
+python examples/train.py --instructions_per_kind 4 --max_new_tokens 4 --max_steps 1 --num_virtual_tokens 4
+
+A run that was stopped continues if it is started again. The anchor data hold harmful responses: keep them to yourself.
+"""
+
+import argparse
+from pathlib import Path
+
+from acd_logits import load_demo_model
+from acd_logits.anchors import SamplingSettings, build_anchors, load_instructions, load_refusals
+from acd_logits.training import OPOArguments, OPOTrainingArguments, load_model, prepare, train_pair
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--folder", type=Path, default=Path("my-pair"))
+parser.add_argument("--instructions_per_kind", type=int, help="default: all")
+parser.add_argument("--max_new_tokens", type=int, default=16)
+parser.add_argument("--max_steps", type=int, default=-1, help="default: as many as ten epochs have")
+parser.add_argument("--num_virtual_tokens", type=int, help="default: the length of the shorter text")
+args = parser.parse_args()
+
+# The anchor data: the model's own responses, sorted into refusals, harmful answers and safe answers
+anchors_file = args.folder / "anchors.jsonl"
+if not anchors_file.exists():
+    model, tokenizer = load_demo_model()
+    by_kind = {}
+    for instruction in load_instructions():
+        by_kind.setdefault(instruction["kind"], []).append(instruction)
+    build_anchors(
+        model,
+        tokenizer,
+        anchors_file,
+        instructions=[row for rows in by_kind.values() for row in rows[: args.instructions_per_kind]],
+        refusals=load_refusals(opening="I'm sorry, but I can't help with that."),
+        # SmolLM2 ignores its system prompt: one response per instruction is enough
+        settings=SamplingSettings(system_prompts=("null",), batch_size=64, max_new_tokens=args.max_new_tokens),
+    )
+
+# The two prompts: first the safeguarding one, then the adversarial one
+options = OPOArguments(
+    train_file=str(anchors_file),
+    num_virtual_tokens=args.num_virtual_tokens,
+    held_out_fraction=0 if args.instructions_per_kind else 0.15,
+)
+arguments = OPOTrainingArguments(output_dir=str(args.folder), max_steps=args.max_steps, report_to="none")
+path, tokenizer, pairs = prepare(options, arguments)
+pair = train_pair(load_model(path, options, arguments), tokenizer, pairs, options, arguments)
+print(f"{args.folder}: {pair}")
