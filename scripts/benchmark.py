@@ -62,8 +62,8 @@ from transformers.utils.logging import tqdm
 
 from acd_logits import ACDLogitsProcessor, PromptPair, __version__
 from acd_logits.cli import CommandError, CommandParser, run_command
+from acd_logits.decoding.shared import check_shareable
 from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
-from acd_logits.shared import check_shareable
 
 SHAPES = (
     "vocab_size",

@@ -45,7 +45,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-EXACT = [f"tests/test_{name}.py" for name in ("paired", "shared", "logits_process", "generate")]
+EXACT = [f"tests/decoding/test_{name}.py" for name in ("paired", "shared", "logits_process", "generate")]
 # They are about the host (other devices, its memory), or draw hundreds of samples
 NOT_EXACT = "not accelerate_device_map and not leak_nothing and not pipeline and not sampled_drafts"
 SPEED_ARMS = ["plain", "acd", "frozen", "shared", "horizon", "guidance"]

@@ -38,7 +38,7 @@ from transformers import (
 
 from acd_logits import PromptPair
 from acd_logits.cli import main
-from acd_logits.prompt_pair import PairConfig
+from acd_logits.pairs import PairConfig
 
 torch.set_num_threads(1)
 

@@ -14,13 +14,6 @@ MAX_LINES = 450
 FLOORS = [{"cli"}, {"training", "evaluation", "vllm"}, {"anchors"}, {"decoding"}, {"pairs"}]
 LEAVES = len(FLOORS)
 
-# Until decoding/ and pairs/ are packages, these modules are theirs
-ROOMS = dict.fromkeys(("paired", "shared", "logits_process"), "decoding")
-ROOMS |= dict.fromkeys(("prompt_pair", "model_card", "prompts"), "pairs")
-# Known faults. A fault that is mended is taken out, or `test_known_faults_are_faults` fails
-KNOWN_ARROWS = {("model_card", "prompt_pair"), ("demo_model", "prompts"), ("responses", "logits_process")}
-KNOWN_LONG = {"logits_process", "paired", "prompt_pair"}
-
 
 def module_name(path):
     """The name inside of the package, such as "training.data"; "" is the package itself."""
@@ -57,8 +50,7 @@ ARROWS = {(name, target) for name, targets in GRAPH.items() for target in target
 
 def room(name):
     """The package a module is in, or, at the top of acd_logits, the module itself."""
-    first = name.partition(".")[0]
-    return ROOMS.get(first, first)
+    return name.partition(".")[0]
 
 
 def floor(name):
@@ -98,23 +90,16 @@ def test_the_package_is_read_whole():
 
 
 def test_imports_point_down():
-    assert sorted(arrow for arrow in ARROWS - KNOWN_ARROWS if is_wrong(*arrow)) == []
+    assert sorted(arrow for arrow in ARROWS if is_wrong(*arrow)) == []
 
 
 def test_modules_import_each_other_in_no_circle():
-    assert find_circle(ARROWS - KNOWN_ARROWS) is None
+    assert find_circle(ARROWS) is None
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - KNOWN_LONG))
+@pytest.mark.parametrize("name", sorted(FILES))
 def test_no_module_is_too_long(name):
     assert count_lines(name) <= MAX_LINES
-
-
-def test_known_faults_are_faults():
-    for arrow in KNOWN_ARROWS:
-        assert arrow in ARROWS, f"{arrow} is mended: take it out of KNOWN_ARROWS"
-        assert is_wrong(*arrow) or find_circle(ARROWS - KNOWN_ARROWS | {arrow})
-    assert {name for name in KNOWN_LONG if count_lines(name) <= MAX_LINES} == set()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from acd_logits.prompts import shipped_folder
+from acd_logits.files import shipped_folder
 from acd_logits.refusal import is_refusal
 
 REFUSALS = [

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from acd_logits import ACDLogitsProcessor, PromptPair, load_demo_model
+from acd_logits.decoding.logits_process import contrast
 from acd_logits.demo_model import DEMO_PAIR, demo_model_path, resolve_pair_name
-from acd_logits.logits_process import contrast
 from acd_logits.vllm.export import export
 from acd_logits.vllm.exported import PLACEHOLDER
 from conftest import build_pair, build_tokenizer

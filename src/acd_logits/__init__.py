@@ -9,15 +9,15 @@ __version__ = "0.1.0"
 __all__ = ["ACDLogitsProcessor", "PromptPair", "load_demo_model"]
 
 _MODULES = {
-    "ACDLogitsProcessor": "logits_process",
-    "PromptPair": "prompt_pair",
+    "ACDLogitsProcessor": "decoding.logits_process",
+    "PromptPair": "pairs.prompt_pair",
     "load_demo_model": "demo_model",
 }
 
 if TYPE_CHECKING:
+    from .decoding.logits_process import ACDLogitsProcessor
     from .demo_model import load_demo_model
-    from .logits_process import ACDLogitsProcessor
-    from .prompt_pair import PromptPair
+    from .pairs.prompt_pair import PromptPair
 
 
 def __getattr__(name: str) -> Any:

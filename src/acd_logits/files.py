@@ -1,15 +1,15 @@
-"""Files that appear in one step, and digests of what they hold."""
+"""Files: written in one step, read with one sentence for what is wrong, and those that ship with the package."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,3 +50,17 @@ def check_new_file(path: Path) -> None:
 def digest(*values: Any) -> str:
     """The SHA-256 of values as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a saved pair; raise ValueError with its name where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download or save the pair again.") from None
+
+
+def shipped_folder(name: str) -> Path:
+    """A folder of the repository's `prompts/`: from the installed package, or from the checkout it runs in."""
+    installed = Path(__file__).parent / "_prompts"
+    return (installed if installed.is_dir() else Path(__file__).parents[2] / "prompts") / name

@@ -10,9 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .logits_process import ACDLogitsProcessor
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def generate_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
-    processor: ACDLogitsProcessor | None = None,
+    processor: LogitsProcessor | None = None,
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,

@@ -7,7 +7,7 @@ import pytest
 
 from acd_logits import anchors
 from acd_logits.anchors import load_instructions, write_generated
-from acd_logits.prompts import shipped_folder
+from acd_logits.files import shipped_folder
 from tiny_anchors import read_lines, write_lines
 
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from acd_logits import anchors
 from acd_logits.anchors import SamplingSettings
-from acd_logits.prompts import OPPOSITE_PROMPT, SAFE_PROMPT
+from acd_logits.pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 from tiny_anchors import INSTRUCTIONS, TEMPLATE, build_anchor_model, build_anchor_tokenizer
 
 NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE

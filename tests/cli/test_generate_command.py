@@ -48,8 +48,8 @@ def test_json_holds_both_answers_and_the_settings(generate, model_path):
 
 
 def test_answers_are_those_of_the_library(generate, model_path):
-    from acd_logits.logits_process import ACDLogitsProcessor
-    from acd_logits.prompt_pair import PromptPair
+    from acd_logits.decoding.logits_process import ACDLogitsProcessor
+    from acd_logits.pairs.prompt_pair import PromptPair
 
     model = LlamaForCausalLM.from_pretrained(model_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
@@ -182,7 +182,7 @@ def test_unknown_model(fails, tmp_path):
 
 
 def test_pair_of_another_model(fails, model_path, tmp_path):
-    from acd_logits.prompt_pair import PromptPair
+    from acd_logits.pairs.prompt_pair import PromptPair
 
     PromptPair(safeguarding=torch.zeros(3, 24), adversarial=torch.zeros(3, 24)).save_pretrained(tmp_path)
     message = fails("generate", "open", "--model_name_or_path", model_path, "--pair", str(tmp_path), loads=True)

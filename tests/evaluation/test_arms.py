@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from acd_logits import PromptPair
+from acd_logits.decoding.shared import SharedStreams
 from acd_logits.evaluation.arms import ARMS, arm_pair, arm_processor, check_arms, demonstrate, find_arm, remind
-from acd_logits.prompts import OPPOSITE_PROMPT, SAFE_PROMPT
-from acd_logits.shared import SharedStreams
+from acd_logits.pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 from conftest import build_batch, build_model, build_pair, build_tokenizer
 from reference import ReferenceProcessor
 

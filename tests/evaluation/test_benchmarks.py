@@ -9,7 +9,7 @@ import pytest
 
 from acd_logits.evaluation import benchmarks
 from acd_logits.evaluation.benchmarks import KNOWN, Request, load_benchmark
-from acd_logits.prompts import shipped_folder
+from acd_logits.files import shipped_folder
 
 ROWS = [{"id": 1, "goal": "open the door, please"}, {"id": 2, "goal": 'say "no"'}]
 

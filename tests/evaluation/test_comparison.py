@@ -7,11 +7,11 @@ import pytest
 from acd_logits.evaluation import comparison
 from acd_logits.evaluation.arms import ARMS, arm_processor
 from acd_logits.evaluation.benchmarks import Benchmark, Request
-from acd_logits.evaluation.comparison import Decoding, check_pair, plan_cells, run_comparison
+from acd_logits.evaluation.comparison import Decoding, plan_cells, run_comparison
 from acd_logits.evaluation.fluency import response_loss
 from acd_logits.evaluation.results import Cell, ResultsFolder
 from acd_logits.responses import encode_messages, generate_responses
-from conftest import ARCHITECTURES, VOCAB, build_model, build_pair
+from conftest import build_model, build_pair
 
 MIXED = Benchmark(
     "mixed",
@@ -126,29 +126,3 @@ def test_a_request_that_is_too_long(tokenizer, tmp_path):
     model, prompt = build_model(), [5] * 250
     with pytest.raises(ValueError, match=r"the longest prompt and its response take 260 tokens, .+ has 256"):
         generate_responses(model, tokenizer, [prompt], max_new_tokens=10)
-
-
-# The pair
-
-
-@pytest.fixture
-def config():
-    return ARCHITECTURES["llama"]
-
-
-def test_a_pair_of_another_model_needs_to_be_wanted(config):
-    ours = build_pair(base_model_name_or_path="org/Model-A", vocab_size=VOCAB)
-    assert not check_pair(ours, config, "/cache/model-a", transfer=False)
-    assert not check_pair(build_pair(), config, "org/model-b", transfer=True)
-    with pytest.raises(ValueError, match="the pair was made for org/Model-A, not for org/model-b: --transfer"):
-        check_pair(ours, config, "org/model-b", transfer=False)
-    assert check_pair(ours, config, "org/model-b", transfer=True)
-    other_words = build_pair(vocab_size=VOCAB + 1)
-    with pytest.raises(ValueError, match="made for another model"):
-        check_pair(other_words, config, "org/model-b", transfer=False)
-    assert check_pair(other_words, config, "org/model-b", transfer=True)
-
-
-def test_a_pair_of_another_size_fits_no_model(config):
-    with pytest.raises(ValueError, match="the pair was made for hidden size 24, org/model has 32"):
-        check_pair(build_pair(hidden=24), config, "org/model", transfer=True)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from ..files import check_new_file, write_jsonl
-from ..prompts import shipped_folder
+from ..files import check_new_file, shipped_folder, write_jsonl
 from ..refusal import is_refusal
 from .instructions import load_instructions
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..prompts import shipped_folder
+from ..files import shipped_folder
 from .tables import read_jsonl
 
 if TYPE_CHECKING:

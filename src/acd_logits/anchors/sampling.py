@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..files import digest
-from ..prompts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
+from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
 from ..responses import check_context, encode_messages, generate_batch
 
 if TYPE_CHECKING:

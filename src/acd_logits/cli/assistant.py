@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..logits_process import ACDLogitsProcessor
+    from ..decoding.logits_process import ACDLogitsProcessor
 
 
 def add_assistant_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +100,8 @@ def load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = Fals
     if not args.do_sample and (args.temperature is not None or args.top_p is not None):
         raise CommandError("--temperature and --top_p need --do_sample")
 
-    from ..logits_process import ACDLogitsProcessor
-    from ..prompt_pair import PromptPair
+    from ..decoding.logits_process import ACDLogitsProcessor
+    from ..pairs.prompt_pair import PromptPair
 
     with user_errors(OSError, ValueError):
         pair = load_pair(args)

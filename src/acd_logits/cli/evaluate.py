@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..demo_model import resolve_model_name
 from ..evaluation.arms import ARMS
 from ..evaluation.benchmarks import KNOWN
-from ..prompts import MANUAL_TEXTS
+from ..pairs.texts import MANUAL_TEXTS
 from .command import CommandError, note, show, user_errors
 from .loading import load_model, load_pair, pair_name
 from .options import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..evaluation.comparison import Decoding
     from ..evaluation.judges import Judge
     from ..evaluation.results import Cell, ResultsFolder
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
 
 SUMMARY = "measure harmless rate, over-refusal and fluency"
 
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
 def _update_card(folder: Path, results: ResultsFolder) -> None:
     """Write what was measured into the config and the card of the pair in a folder."""
     from ..evaluation.summary import card_results, summarise
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
 
     pair = PromptPair.from_pretrained(folder)
     if pair.digest != results.run["settings"]["pair_digest"]:
@@ -231,11 +231,11 @@ def _settings(args: argparse.Namespace, pair: PromptPair | None, decoding: Decod
     """What results depend on, apart from the cell; checks the pair against the model on the way."""
     from transformers import AutoConfig
 
-    from ..evaluation import comparison
+    from ..pairs.fit import check_fit_unloaded
 
     path = resolve_model_name(args.model_name_or_path)
     config = AutoConfig.from_pretrained(path)
-    foreign = comparison.check_pair(pair, config, path, args.transfer) if pair else False
+    foreign = check_fit_unloaded(pair.config, config, path, args.transfer) if pair else False
     return {
         "model": args.model_name_or_path,
         "model_revision": getattr(config, "_commit_hash", None),

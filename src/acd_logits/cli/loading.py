@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..demo_model import DEMO_MODEL, DEMO_PAIR, resolve_model_name, resolve_pair_name
-from ..prompts import MANUAL_TEXTS
+from ..pairs.texts import MANUAL_TEXTS
 from .command import CommandError, note, user_errors
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
 
 
 def pair_name(args: argparse.Namespace) -> str:
@@ -26,7 +26,7 @@ def pair_name(args: argparse.Namespace) -> str:
 
 def load_pair(args: argparse.Namespace) -> PromptPair | None:
     """Load the learned pair; `None` for the manual texts."""
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
 
     if args.revision and args.pair in (None, MANUAL_TEXTS):
         raise ValueError("--revision is the pair's and needs --pair")

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..demo_model import DEMO_MODEL, DEMO_PAIR
-from ..prompts import MANUAL_TEXTS
+from ..pairs.texts import MANUAL_TEXTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

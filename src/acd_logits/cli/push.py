@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Upload a saved pair, and the README.md of its folder if that is the user's own."""
-    from ..model_card import own_card
-    from ..prompt_pair import PromptPair
+    from ..pairs.model_card import own_card
+    from ..pairs.prompt_pair import PromptPair
 
     if not args.pair.is_dir():
         raise CommandError(f"{args.pair} is not a folder")

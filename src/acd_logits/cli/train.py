@@ -11,7 +11,7 @@ from .command import CommandParser, show, user_errors
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
 
 SUMMARY = "train a prompt pair for a model"
 

@@ -10,15 +10,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..prompts import OPPOSITE_PROMPT, SAFE_PROMPT
+from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..logits_process import ACDLogitsProcessor
-    from ..prompt_pair import PromptPair
+    from ..decoding.logits_process import ACDLogitsProcessor
+    from ..pairs.prompt_pair import PromptPair
 
     Messages = list[dict[str, str]]
 
@@ -134,7 +134,7 @@ def arm_pair(
     Returns:
         The pair and alpha, which is 0 for an arm of one stream.
     """
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
 
     streams = arm.positive, arm.negative or arm.positive
     texts = PromptPair.from_text(model, tokenizer, *(TEXTS.get(name, "") for name in streams))
@@ -172,7 +172,7 @@ def arm_processor(
         horizon: of a contrast, as of [`ACDLogitsProcessor`].
         share_instruction_kv: as of [`ACDLogitsProcessor`]; never for an arm of manual texts alone.
     """
-    from ..logits_process import ACDLogitsProcessor
+    from ..decoding.logits_process import ACDLogitsProcessor
 
     own_pair, strength = arm_pair(arm, model, tokenizer, pair, alpha)
     return ACDLogitsProcessor(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..prompts import shipped_folder
+from ..files import shipped_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

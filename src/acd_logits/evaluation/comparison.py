@@ -10,7 +10,6 @@ import datetime
 import importlib.metadata
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..refusal import is_refusal
@@ -22,9 +21,9 @@ from .results import Cell
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
     from ..responses import Response
     from .benchmarks import Benchmark, Request
     from .judges import Judge, Verdict
@@ -62,36 +61,6 @@ def plan_cells(
         for beta in (betas if ARMS[arm].negative is not None else [None])
     ]
     return list(dict.fromkeys(cells))
-
-
-def check_pair(pair: PromptPair, config: PretrainedConfig, name: str, transfer: bool) -> bool:
-    """Check a pair against a model that is not loaded yet.
-
-    Args:
-        pair: the pair.
-        config: the model's.
-        name: the model's name.
-        transfer: whether a pair of another model is wanted.
-
-    Returns:
-        Whether the pair was made for another model.
-
-    Raises:
-        ValueError: the hidden sizes differ, or it was made for another model and `transfer` is not set.
-    """
-    config = config.get_text_config(decoder=True)
-    size = pair.safeguarding.shape[1]
-    if size != config.hidden_size:
-        raise ValueError(f"the pair was made for hidden size {size}, {name} has {config.hidden_size}")
-    ours = pair.config.base_model_name_or_path
-    foreign = bool(ours) and Path(str(ours)).name.lower() != Path(name).name.lower()
-    foreign = foreign or pair.config.vocab_size not in (None, config.vocab_size)
-    if foreign and not transfer:
-        raise ValueError(
-            f"the pair was made for {ours or 'another model'}, not for {name}: --transfer (transfer=True) measures it "
-            "there"
-        )
-    return foreign
 
 
 def run_facts(command: str, device: str) -> dict[str, Any]:

@@ -20,16 +20,16 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from ..call import CACHE_NAMES
-from ..contrast import contrast
+from ..decoding.call import CACHE_NAMES
+from ..decoding.contrast import contrast
+from ..decoding.logits_process import ACDLogitsProcessor
+from ..decoding.paired import PairedCache
+from ..decoding.shared import SharedStreams
 from ..demo_model import resolve_model_name, resolve_pair_name
-from ..logits_process import ACDLogitsProcessor
-from ..paired import PairedCache
-from ..prompt_pair import PromptPair
-from ..prompts import MANUAL_TEXTS
+from ..pairs.fit import check_fit_unloaded
+from ..pairs.prompt_pair import PromptPair
+from ..pairs.texts import MANUAL_TEXTS
 from ..ranges import check_alpha, check_beta
-from ..shared import SharedStreams
-from .comparison import check_pair
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -116,7 +116,7 @@ class ACDLM(HFLM):
             )
         pair, name, transfer = self._unchecked
         if pair is not None:
-            check_pair(pair, config, name, transfer)
+            check_fit_unloaded(pair.config, config, name, transfer)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any

@@ -12,8 +12,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..demo_model import DEMO_MODEL, resolve_model_name
-from ..prompt_pair import PromptPair
-from ..prompts import OPPOSITE_PROMPT, SAFE_PROMPT
+from ..pairs.prompt_pair import PromptPair
+from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

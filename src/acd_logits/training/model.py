@@ -14,9 +14,9 @@ import torch
 from peft import PeftModelForCausalLM, PromptTuningConfig
 from transformers.cache_utils import DynamicCache
 
-from ..layers import reuses_prefix
-from ..prompt_pair import PromptPair
-from ..shared import check_shareable
+from ..decoding.layers import reuses_prefix
+from ..decoding.shared import check_shareable
+from ..pairs.prompt_pair import PromptPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .. import __version__
 from ..demo_model import DEMO_MODEL, DEMO_MODEL_ID
 from ..files import write_text
-from ..prompt_pair import STREAMS, PromptPair, base_model, chat_template_digest
-from ..prompts import system_prompt_ids
+from ..pairs.fit import base_model, chat_template_digest
+from ..pairs.prompt_pair import STREAMS, PromptPair
+from ..pairs.texts import system_prompt_ids
 from .arguments import check_arguments
 from .data import AnchorExamples, check_context, load_examples
 from .loss import TERMS
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from ..prompt_pair import PairConfig
+    from ..pairs.config import PairConfig
     from .arguments import OPOArguments
 
 SETTINGS_NAME = "training_settings.json"

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..prompt_pair import PromptPair
+from ..pairs.prompt_pair import PromptPair
 from ..ranges import check_alpha, check_beta
 from .exported import PLACEHOLDER, PREFIX, TENSORS, TENSORS_NAME, ExportedPair
 

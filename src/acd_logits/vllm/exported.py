@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..prompt_pair import PromptPair
+    from ..pairs.prompt_pair import PromptPair
 
 PREFIX = "ACD"
 PLACEHOLDER = "<|acd|>"
@@ -86,7 +86,7 @@ def read_pair(folder: Path) -> PromptPair:
     """
     from safetensors.torch import load_file
 
-    from ..prompt_pair import PairConfig, PromptPair
+    from ..pairs import PairConfig, PromptPair
 
     entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["acd"]
     tensors = load_file(folder / TENSORS_NAME)

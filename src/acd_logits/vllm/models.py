@@ -24,7 +24,7 @@ import torch
 from vllm import ModelRegistry
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
-from ..contrast import contrast
+from ..decoding.contrast import contrast
 from .attention import paired_attention
 from .exported import PREFIX, TENSOR_PREFIX, TENSORS, ExportedPair
 from .sampling import strengths

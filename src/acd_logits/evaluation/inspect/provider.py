@@ -19,17 +19,17 @@ from inspect_ai.model._providers.hf import HuggingFaceAPI
 from transformers import AutoConfig
 
 from ...demo_model import resolve_model_name, resolve_pair_name
-from ...prompt_pair import PromptPair
+from ...pairs.fit import check_fit_unloaded
+from ...pairs.prompt_pair import PromptPair
 from ...responses import end_tokens
 from ..arms import arm_processor, check_arms, find_arm
-from ..comparison import check_pair
 
 if TYPE_CHECKING:
     import torch
     from inspect_ai.tool import ToolChoice, ToolInfo
     from transformers import PreTrainedModel
 
-    from ...logits_process import ACDLogitsProcessor
+    from ...decoding.logits_process import ACDLogitsProcessor
 
 _MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 
@@ -76,7 +76,7 @@ class ACDModelAPI(HuggingFaceAPI):
         learned = PromptPair.from_pretrained(resolve_pair_name(pair)) if pair is not None else None
         path = resolve_model_name(model_args.setdefault("model_path", model_name))
         if learned is not None:
-            check_pair(learned, AutoConfig.from_pretrained(path), path, transfer)
+            check_fit_unloaded(learned.config, AutoConfig.from_pretrained(path), path, transfer)
         super().__init__(model_name, base_url, api_key, config, **{**model_args, "model_path": path})
         if self.tokenizer.chat_template and "tokenizer_call_args" not in model_args:
             self.tokenizer_call_args = {"add_special_tokens": False}  # the template wrote them

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from acd_logits import PromptPair
-from acd_logits.model_card import MARKER, generate_card
+from acd_logits.pairs.model_card import MARKER, generate_card
 from conftest import build_pair
 
 RESULTS = {

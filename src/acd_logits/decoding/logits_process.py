@@ -11,13 +11,14 @@ from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
+from ..pairs.fit import base_model
+from ..pairs.prompt_pair import PromptPair
+from ..ranges import check_alpha, check_beta, check_horizon
 from .attach import BoundProcessor, ContrastProcessor, attach, detach, is_attached
 from .call import CACHE_NAMES
 from .contrast import contrast
 from .layers import cache_layers, is_empty, roomier, take
 from .paired import PairedCache, known_cache
-from .prompt_pair import PromptPair, base_model
-from .ranges import check_alpha, check_beta, check_horizon
 from .shared import SharedCache, SharedStreams
 from .streams import PairedStreams
 

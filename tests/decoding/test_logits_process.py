@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessorList, T5Config, T5ForConditionalGeneration
 
 from acd_logits import ACDLogitsProcessor, PromptPair
-from acd_logits.logits_process import contrast
+from acd_logits.decoding.logits_process import contrast
 from conftest import DEVICE, HIDDEN, VOCAB, assert_same, build_batch, build_model, build_pair
 from reference import ReferenceProcessor
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from transformers.utils import logging
 
 from acd_logits import ACDLogitsProcessor, PromptPair
-from acd_logits.prompt_pair import PairConfig
+from acd_logits.pairs import PairConfig
 from conftest import HIDDEN, PAIR_FILES, VOCAB, assert_same, build_batch, build_model, build_pair
 from reference import ReferenceProcessor
 
@@ -99,12 +99,12 @@ class TestRoundTrip:
         assert list(tmp_path.iterdir()) == []
 
     def test_failed_save_leaves_nothing_behind(self, tmp_path, monkeypatch):
-        from acd_logits import prompt_pair
+        from acd_logits.pairs import adapters
 
         def fail(*args, **kwargs):
             raise OSError("disk full")
 
-        monkeypatch.setattr(prompt_pair, "save_file", fail)
+        monkeypatch.setattr(adapters, "save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             build_pair().save_pretrained(tmp_path / "pair")
         assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,19 @@
+"""The decoder: eq. 5 of the paper in every decoding mode of `generate()`.
+
+contrast.py         eq. 5
+logits_process.py   the processor: its options, and what it does in one call
+attach.py           all that is done to a model while a processor is attached
+call.py             one call of the model's forward
+owed.py             the contrasts that a decoding loop owes
+paired.py           both streams as 2B rows of one forward
+shared.py           both streams over one copy of the instruction
+streams.py          the two soft prompts and their keys and values
+layers.py           cache layers
+"""
+
+from __future__ import annotations
+
+from .contrast import contrast
+from .logits_process import ACDLogitsProcessor
+
+__all__ = ["ACDLogitsProcessor", "contrast"]

@@ -1,0 +1,117 @@
+"""Whether a pair fits a model: what is asked of the model, and the one place where the two are compared."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from .config import PairConfig
+
+logger = logging.get_logger(__name__)
+
+
+def check_fit(config: PairConfig, model: PreTrainedModel) -> None:
+    """Check a pair's config against a loaded model.
+
+    Raises:
+        ValueError: if hidden size or vocabulary differ. A differing base model name only warns.
+    """
+    facts = model_facts(base_model(model))
+    for key, what in (("hidden_size", "hidden size"), ("vocab_size", "a vocabulary of")):
+        ours, theirs = getattr(config, key), facts[key]
+        if ours is not None and ours != theirs:
+            raise ValueError(
+                f"this prompt pair was made for {what} {ours}, the model has {theirs}: use a pair made for "
+                f"{facts['base_model_name_or_path'] or 'this model'}."
+            )
+    ours, theirs = config.base_model_name_or_path, facts["base_model_name_or_path"]
+    # A folder and a Hub id of the same model share the last part of their names
+    if ours and theirs and Path(ours).name.lower() != Path(theirs).name.lower():
+        logger.warning(f"This prompt pair was made for {ours}, the model is {theirs}: it may protect less.")
+
+
+def check_fit_unloaded(pair: PairConfig, config: PretrainedConfig, name: str, transfer: bool) -> bool:
+    """Check a pair's config against a model that is not loaded yet.
+
+    Args:
+        pair: the pair's config.
+        config: the model's.
+        name: the model's name.
+        transfer: whether a pair of another model is wanted.
+
+    Returns:
+        Whether the pair was made for another model.
+
+    Raises:
+        ValueError: the hidden sizes differ, or it was made for another model and `transfer` is not set.
+    """
+    config = config.get_text_config(decoder=True)
+    size = pair.hidden_size
+    if size != config.hidden_size:
+        raise ValueError(f"the pair was made for hidden size {size}, {name} has {config.hidden_size}")
+    ours = pair.base_model_name_or_path
+    foreign = bool(ours) and Path(str(ours)).name.lower() != Path(name).name.lower()
+    foreign = foreign or pair.vocab_size not in (None, config.vocab_size)
+    if foreign and not transfer:
+        raise ValueError(
+            f"the pair was made for {ours or 'another model'}, not for {name}: --transfer (transfer=True) measures it "
+            "there"
+        )
+    return foreign
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PeftModel or a `torch.compile(model)`.
+
+    Raises:
+        ValueError: for a PeftModel without an active adapter, or with a learned prompt or prefix, which would stand
+            between ACD's and the input, or an activated LoRA, which peft places before there are two streams.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel):
+        active = model.peft_config.get(model.active_adapter)
+        if active is None:  # it was deleted, and peft does not go on without
+            raise ValueError("this PeftModel has no active adapter left: pass its unload() instead.")
+        if active.is_prompt_learning:
+            kind = active.peft_type.value
+            raise ValueError(f"this PeftModel brings a {kind} prompt of its own: pass its get_base_model() instead.")
+        model = model.get_base_model()
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(adapter, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"the adapter {name!r} is an activated LoRA (aLoRA), which peft cannot place in ACD's two streams: "
+                "load the model without it, or train a LoRA without alora_invocation_tokens."
+            )
+    return model
+
+
+def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the tokenizer's chat template; `None` if it has none."""
+    if not tokenizer.chat_template:
+        return None
+    return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+
+
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What a pair's config notes about its model."""
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "base_model_name_or_path": model.name_or_path or None,
+        "hidden_size": embed_tokens(model, [0]).shape[-1],  # of any embedding layer, wrapped by peft or not
+        "vocab_size": config.vocab_size,
+    }
+
+
+@torch.no_grad()
+def embed_tokens(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """What the embedding layer gives for tokens, `[len(ids), hidden_size]`."""
+    device = "cpu" if model.device.type == "meta" else model.device  # accelerate's hooks bring it to offloaded weights
+    return model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=device))[0]

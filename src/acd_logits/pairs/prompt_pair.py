@@ -1,0 +1,263 @@
+"""The prompt pair: the two soft prompts of ACD, in memory, on disk and on the Hub.
+
+A saved pair is a folder (or a Hub repository):
+
+    acd_config.json                                          `config.py`
+    safeguarding/adapter_config.json, adapter_model.safetensors   SP, a stock peft prompt-tuning adapter
+    adversarial/adapter_config.json, adapter_model.safetensors    AP, likewise
+    README.md                                                the model card
+
+Weights are read from safetensors only, since loading a pickle runs the code in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import reprlib
+import shutil
+import tempfile
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, save_adapter
+from .config import CONFIG_NAME, PairConfig
+from .fit import base_model, chat_template_digest, check_fit, embed_tokens, model_facts
+from .hub import Repository, download
+from .model_card import CARD_NAME, generate_card, own_card
+from .texts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+STREAMS = ("safeguarding", "adversarial")
+
+
+class PromptPair:
+    """The Safeguarding Prompt (SP) and the Adversarial Prompt (AP) of one model.
+
+    Args:
+        safeguarding: SP, `[n_s, hidden_size]`, in the space of the embedding layer's output (eq. 2). An empty one
+            (n_s = 0) is the null prompt.
+        adversarial: AP, `[n_a, hidden_size]`, likewise; n_a may differ from n_s.
+        config: what is known about the pair; `hidden_size` is filled in.
+
+    Raises:
+        ValueError: if a prompt is not a finite `[n, hidden_size]` tensor of float16, bfloat16, float32 or float64, or
+            the two differ in hidden size.
+    """
+
+    def __init__(
+        self, safeguarding: torch.Tensor, adversarial: torch.Tensor, config: PairConfig | None = None
+    ) -> None:
+        self.safeguarding = checked_prompt("safeguarding", safeguarding)
+        self.adversarial = checked_prompt("adversarial", adversarial)
+        hidden_size = self.safeguarding.shape[1]
+        if self.adversarial.shape[1] != hidden_size:
+            raise ValueError(
+                f"the safeguarding prompt has hidden size {hidden_size}, the adversarial one "
+                f"{self.adversarial.shape[1]}: both must come from the same model."
+            )
+        config = PairConfig() if config is None else config
+        if not isinstance(config, PairConfig):
+            raise ValueError(f"config must be a PairConfig, got {type(config).__name__}.")
+        if config.hidden_size not in (None, hidden_size):
+            raise ValueError(f"{CONFIG_NAME} says hidden_size {config.hidden_size}, the prompts have {hidden_size}.")
+        self.config = dataclasses.replace(config, hidden_size=hidden_size)
+
+    def __repr__(self) -> str:
+        return (
+            f"PromptPair(safeguarding={list(self.safeguarding.shape)}, adversarial={list(self.adversarial.shape)}, "
+            f"alpha={self.alpha}, beta={self.beta}, base_model={self.config.base_model_name_or_path!r})"
+        )
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the contrast chosen for this pair."""
+        return self.config.alpha
+
+    @property
+    def beta(self) -> float:
+        """Plausibility threshold chosen for this pair."""
+        return self.config.beta
+
+    @classmethod
+    def from_text(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        safe: str = SAFE_PROMPT,
+        adversarial: str = OPPOSITE_PROMPT,
+    ) -> PromptPair:
+        """A pair that needs no training: the embeddings of two system prompts (eq. 1).
+
+        With the defaults this is the paper's oID baseline; with `adversarial=""` (the null prompt) its nID.
+
+        Args:
+            model: the model whose embeddings to take.
+            tokenizer: its tokenizer.
+            safe: text of the safeguarding prompt.
+            adversarial: text of the adversarial prompt.
+        """
+        model = base_model(model)
+        sp, ap = (embed_tokens(model, system_prompt_ids(tokenizer, text)) for text in (safe, adversarial))
+        return cls(sp, ap, PairConfig(**model_facts(model)))
+
+    @property
+    def digest(self) -> str:
+        """Tells whether two pairs hold the same prompts, wherever they lie."""
+        prompts = (self.safeguarding, self.adversarial)
+        return hashlib.sha256(b"".join(p.float().cpu().contiguous().numpy().tobytes() for p in prompts)).hexdigest()[
+            :16
+        ]
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the pair fits a model.
+
+        Raises:
+            ValueError: if hidden size or vocabulary differ. A differing base model name only warns.
+        """
+        check_fit(self.config, model)
+
+    def check_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Warn if the tokenizer writes conversations in another form than the pair has seen in training."""
+        ours = self.config.chat_template_sha256
+        if ours is not None and ours != chat_template_digest(tokenizer):
+            logger.warning("This prompt pair was trained with another chat template: it may protect less.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> PromptPair:
+        """Load a pair from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            revision: branch, tag or commit on the Hub.
+            subfolder: where in the folder or repository the pair lies, such as "pairs/short".
+            token: Hub token; `None` takes the one stored by `hf auth login`.
+            cache_dir: where downloads are kept.
+            local_files_only: use what is in the cache, ask nobody.
+
+        Raises:
+            OSError: if the pair, or a file of it, is missing or unreadable.
+            ValueError: if a file holds what this version cannot use, or no folder or Hub id is named.
+        """
+        folder = _named_path("pretrained_model_name_or_path", pretrained_model_name_or_path, "a folder or a Hub id")
+        inside = PurePath() if subfolder in (None, "") else _named_path("subfolder", subfolder, "a folder's path")
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"subfolder must lie inside of the folder or repository, got {str(subfolder)!r}.")
+        if not folder.is_dir():
+            prefix = "" if inside == PurePath() else f"{inside.as_posix()}/"
+            folder = download(
+                str(pretrained_model_name_or_path),
+                allow_patterns=[prefix + CONFIG_NAME, *(f"{prefix}{s}/{f}" for s in STREAMS for f in ADAPTER_FILES)],
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        folder = folder / inside
+        if not (folder / CONFIG_NAME).is_file():
+            raise OSError(f"{pretrained_model_name_or_path} holds no prompt pair: {CONFIG_NAME} is missing.")
+        config = PairConfig.from_json_file(folder / CONFIG_NAME)
+        safeguarding, adversarial = (load_adapter(folder / stream) for stream in STREAMS)
+        return cls(safeguarding, adversarial, config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the pair to a folder: `acd_config.json`, two stock peft adapters and a model card.
+
+        A reader finds the whole pair or none: `acd_config.json`, without which nothing loads, comes last.
+
+        Args:
+            save_directory: the folder; made if missing. Other files in it stay, and so does a README.md that is not
+                marked as generated.
+
+        Raises:
+            ValueError: for a null prompt, which peft has no adapter for, or a pair that was changed to what cannot be
+                loaded.
+        """
+        target = _named_path("save_directory", save_directory, "a folder")
+        config = PromptPair(self.safeguarding, self.adversarial, self.config).config  # checks them once more
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        try:
+            for stream in STREAMS:
+                save_adapter(temporary / stream, getattr(self, stream), config.base_model_name_or_path)
+            text = json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n"
+            (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
+            (temporary / CARD_NAME).write_text(generate_card(self), encoding="utf-8")
+            (target / CONFIG_NAME).unlink(missing_ok=True)
+            for stream in STREAMS:
+                (target / stream).mkdir(parents=True, exist_ok=True)
+                for name in ADAPTER_FILES:
+                    (temporary / stream / name).replace(target / stream / name)
+            if own_card(target) is None:
+                (temporary / CARD_NAME).replace(target / CARD_NAME)
+            (temporary / CONFIG_NAME).replace(target / CONFIG_NAME)
+        finally:
+            shutil.rmtree(temporary)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        commit_message: str = "Upload prompt pair",
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        model_card: str | None = None,
+    ) -> CommitInfo:
+        """Upload the pair to the Hub, in one commit: what was there before stays until all of it has arrived.
+
+        The adversarial prompt is a jailbreak for its model. So the repository is made private, and one that is already
+        public is refused, unless `private=False` is said.
+
+        Args:
+            repo_id: the pair's id on the Hub, such as "org/acd-llama-3-8b"; made if missing.
+            private: whether the pair must stay private. `False` makes a public repository; the visibility of one that
+                exists is not changed.
+            revision: branch to commit to; made if missing (default: main).
+            commit_message: message of the commit.
+            token: Hub token; `None` takes the one stored by `hf auth login`.
+            create_pr: open a pull request with the commit.
+            license: identifier of the pair's licence on the Hub, for the model card.
+            model_card: a README.md of your own, in place of the generated one.
+
+        Returns:
+            What the Hub says about the commit.
+
+        Raises:
+            OSError: if the Hub cannot be reached, or refuses.
+            ValueError: for a public repository without `private=False`, or a null prompt.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save_pretrained(folder)
+            repository = Repository(repo_id, token, private)
+            card = generate_card(self, repository.repo_id, license) if model_card is None else model_card
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            return repository.upload(folder, commit_message, revision, create_pr)
+
+
+def _named_path(argument: str, value: Any, wanted: str) -> Path:
+    if not isinstance(value, str | os.PathLike) or not value:
+        raise ValueError(f"{argument} must be {wanted}, got {reprlib.repr(value)}.")
+    return Path(value)
