@@ -48,6 +48,6 @@ options = OPOArguments(
     held_out_fraction=0 if args.instructions_per_kind else 0.15,
 )
 arguments = OPOTrainingArguments(output_dir=str(args.folder), max_steps=args.max_steps, report_to="none")
-path, tokenizer, pairs = prepare(options, arguments)
-pair = train_pair(load_model(path, options, arguments), tokenizer, pairs, options, arguments)
+run = prepare(options, arguments)
+pair = train_pair(load_model(run), run)
 print(f"{args.folder}: {pair}")
