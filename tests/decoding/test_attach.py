@@ -142,7 +142,7 @@ class TestNothingIsPlain:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.train()
         acd = ACDLogitsProcessor(model, pair)
-        with pytest.raises(RuntimeError, match=r"did not fill its cache.*call model.eval\(\)"):
+        with pytest.raises(RuntimeError, match=r"did not fill the cache .* model.eval\(\)"):
             model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=3)
         model.eval()
         model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=3)

@@ -255,7 +255,11 @@ def test_a_model_that_does_not_handle_left_padding(name):
     for parameter in model.parameters():  # biases of 0 would hide what a convolution makes of padding
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    check_reference(model, build_pair(5, 5), batch)
+    try:
+        check_reference(model, build_pair(5, 5), batch)
+    except RuntimeError as error:
+        assert "keeps its state elsewhere" in str(error)
+        pytest.skip("older transformers keep this state in the modules")
     training = model.train().training
     before = set(model.__dict__)
     with pytest.raises(ValueError, match=r"does not handle left padding.*use prompts of one length"):

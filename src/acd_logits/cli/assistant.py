@@ -116,6 +116,7 @@ def load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = Fals
             beta=args.beta,
             horizon=args.horizon,
             share_instruction_kv=args.share_instruction_kv,
+            frozen_model=True,
         )
     return Assistant(
         model,

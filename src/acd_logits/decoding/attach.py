@@ -295,7 +295,10 @@ def prepare_inputs_for_generation(
         kwargs["next_sequence_length"] = None
     inputs = type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
     if inputs.get(name) is None:
-        cache.restart()
+        if cache.seen:
+            cache.restart()
+            kwargs["next_sequence_length"] = None
+            inputs = type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         inputs[name] = cache
     if not cache.seen and cache.offset and not kwargs.get("is_first_iteration"):
         raise ValueError(

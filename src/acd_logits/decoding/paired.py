@@ -157,6 +157,7 @@ class PairedCache(Cache):
         Raises:
             ValueError: for a positive number, or where another row's padding would be cropped.
         """
+        tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of tokens, got {tokens_to_remove}.")
         if tokens_to_remove and not self.reuses and 0 < self.seen + tokens_to_remove < self.longest_pad:
@@ -280,8 +281,9 @@ class PairedCache(Cache):
         first = next(layers, None)
         if first is not None and not first.get_seq_length():
             raise RuntimeError(
-                "the model's forward did not fill its cache, which gradient checkpointing turns off in train mode: "
-                "call model.eval() before generate()."
+                f"the forward of {type(self.streams.model).__name__} did not fill the cache it was given: it keeps its "
+                "state elsewhere, which ACD cannot follow, or gradient checkpointing turns the cache off, which "
+                "model.eval() before generate() mends."
             )
 
     def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:

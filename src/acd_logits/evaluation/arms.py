@@ -182,4 +182,5 @@ def arm_processor(
         beta=beta,
         horizon=horizon if arm.negative is not None else 1,
         share_instruction_kv=share_instruction_kv if arm.needs_pair else None,
+        frozen_model=True,
     )

@@ -90,7 +90,7 @@ class ACDLM(HFLM):
         super().__init__(pretrained, **kwargs)
         pair = pair or PromptPair.from_text(self.model, self.tokenizer)
         pair.check_chat_template(self.tokenizer)
-        self.acd = ACDLogitsProcessor(self.model, pair, alpha, beta)
+        self.acd = ACDLogitsProcessor(self.model, pair, alpha, beta, frozen_model=True)
         self.loglikelihood_beta = 0.0 if beta is None else self.acd.beta
 
     @property
