@@ -7,6 +7,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
@@ -343,6 +345,11 @@ def _paired_cache(
                 "generate() call with this processor returned."
             )
         config = acd.model.config.get_text_config(decoder=True)
+        if cache.offloading and Version(transformers.__version__) < Version("5.20"):
+            raise ValueError(
+                f"the offloaded caches of transformers {transformers.__version__} may read keys before they are "
+                "written, and then give wrong tokens: upgrade to 5.20 or later, or choose another cache."
+            )
         mine = getattr(cache, "_is_user_defined", False)
         if mine and isinstance(cache, StaticCache):
             raise ValueError("ACD needs more slots than this static cache has: pass cache_implementation='static'.")

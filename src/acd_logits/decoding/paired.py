@@ -281,8 +281,8 @@ class PairedCache(Cache):
         first = next(layers, None)
         if first is not None and not first.get_seq_length():
             raise RuntimeError(
-                f"the forward of {type(self.streams.model).__name__} did not fill the cache it was given: it keeps its "
-                "state elsewhere, which ACD cannot follow, or gradient checkpointing turns the cache off, which "
+                f"the forward of {type(self.streams.model).__name__} did not fill the cache it was given: it keeps "
+                "its state elsewhere, which ACD cannot follow, or gradient checkpointing turns the cache off, which "
                 "model.eval() before generate() mends."
             )
 
