@@ -1,6 +1,7 @@
 # make demo   a fresh machine: environment, model, one harmful and one benign request, plain and safeguarded
 # make test   linters and the site; every test on the newest transformers, those closest to it on the oldest, and the
 #             plugin on vLLM
+# make test-families    ACD on every family of causal language models, tiny, against docs/families.md
 # make docs   the site of docs/, into build/site; a warning is an error
 # make dist   sdist and wheel into dist/, checked; the wheel runs the README's first example in an empty environment
 # make bench  measure the first table of docs/benchmarks.md, on a quiet machine
@@ -25,7 +26,7 @@ PAIR ?= smollm2-135m-instruct
 # Of training and evaluation. bfloat16 is slow on CPUs without instructions for it: make pair DTYPE=float32
 DTYPE ?= bfloat16
 
-.PHONY: demo test lint docs test-newest test-oldest test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
+.PHONY: demo test lint docs test-newest test-families test-oldest test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
 $(VENV)/demo: setup.cfg
@@ -79,6 +80,10 @@ docs: $(VENV)/dev
 
 test-newest: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+# A part of test-newest
+test-families: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m families
 
 # Left out: what reaches transformers through the rest of the package only
 REACHED = anchors cli evaluation/test_harness.py evaluation/test_inspect.py evaluation/test_judges.py \
