@@ -105,6 +105,14 @@ class TestNothingIsPlain:
         with pytest.raises(ValueError, match="continuous batching"):
             type(model).generate(model, **build_batch(), logits_processor=[acd], cache_implementation="paged")
 
+    def test_continuous_batching_after_the_processor_is_gone(self, model, pair, monkeypatch):
+        monkeypatch.setattr(type(model), "generate_batch", lambda self, inputs: inputs)
+        acd = ACDLogitsProcessor(model, pair)
+        with pytest.raises(ValueError, match="continuous batching"):
+            model.generate_batch([[3, 4, 5]])
+        del acd
+        assert model.generate_batch([[3, 4, 5]]) == [[3, 4, 5]]
+
     def test_paged_by_a_generate_of_the_models_class(self, pair):
         model = build_model()
 

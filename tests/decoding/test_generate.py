@@ -385,6 +385,14 @@ class TestLora:
             assert_same(run(), self.expected(bare, pair, batch))
         assert_same(run(), self.expected(merged, pair, batch))
 
+    def test_an_activated_lora_that_came_later_is_refused(self, model, pair):
+        config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        peft_model = get_peft_model(model, LoraConfig(**config))
+        acd = ACDLogitsProcessor(peft_model, pair)
+        peft_model.add_adapter("late", LoraConfig(**config, alora_invocation_tokens=[5]))
+        with pytest.raises(ValueError, match="'late' is an activated LoRA"):
+            peft_model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=2)
+
     def test_prompt_learning_is_refused(self, model, pair):
         from peft import PromptTuningConfig
 

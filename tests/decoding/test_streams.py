@@ -15,6 +15,7 @@ from transformers import (
     CTRLConfig,
     DeepseekV4Config,
     GPT2Config,
+    GPTJConfig,
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
@@ -168,12 +169,13 @@ def test_a_pair_of_inference_mode(model):
     assert_same(model.generate(**build_batch(), logits_processor=[acd], **SCORES), expected)
 
 
+@pytest.mark.parametrize("n_a", [5, 3])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_weights_offloaded_to_disk(frozen):
+def test_weights_offloaded_to_disk(frozen, n_a):
     """Their versions change at every forward."""
     from accelerate import disk_offload
 
-    plain, batch, pair = build_model(), build_batch(), build_pair(5, 5)
+    plain, batch, pair = build_model(), build_batch(), build_pair(5, n_a)
     expected = plain.generate(**batch, logits_processor=[ACDLogitsProcessor(plain, pair)], **SCORES)
     model, calls = build_model(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +184,8 @@ def test_weights_offloaded_to_disk(frozen):
         model.model.register_forward_hook(lambda *_: calls.append(1))
         for _ in range(8):
             assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
-    assert len(calls) == 8 * 8 + (1 if frozen else 8)
+    forwards = 1 if n_a == 5 else 2  # of the soft prompts
+    assert len(calls) == 8 * 8 + forwards * (1 if frozen else 8)
 
 
 # ----- models that treat embeddings or positions in a way of their own -----
@@ -331,8 +334,10 @@ def test_the_reach_of_windows_is_exact():
     assert differs == [True] * 15 + [False]
 
 
-def test_a_table_of_positions_that_is_too_short():
-    model = build(GPT2Config(**_COMMON, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=24))
+@pytest.mark.parametrize("kind", [GPT2Config, GPTJConfig, CTRLConfig])
+def test_a_table_of_positions_that_is_too_short(kind):
+    more = {"rotary_dim": 4} if kind is GPTJConfig else {"dff": 48} if kind is CTRLConfig else {}
+    model = build(kind(**_COMMON, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=24, **more))
     acd = ACDLogitsProcessor(model, build_pair(7, 4))
     model.generate(**build_batch((9,)), logits_processor=[acd], max_new_tokens=9)  # the last one is never run
     with pytest.raises(ValueError, match=r"24 positions, of which the soft prompts take 7.* up to 19, shorten them"):

@@ -216,8 +216,10 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: 
 
 @functools.wraps(GenerationMixin.generate_batch)
 def generate_batch(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Refuse: `type(model).generate()` hands a paged call on to here, without the processors it was given."""
-    _refuse_continuous_batching()
+    """Refuse, while a processor is there: `type(model).generate()` hands a paged call on to here without its own."""
+    if self._acd_attachment.users:
+        _refuse_continuous_batching()
+    return type(self).generate_batch(self, *args, **kwargs)
 
 
 def _refuse_continuous_batching() -> NoReturn:

@@ -24,6 +24,9 @@ def contrast(
     scores = torch.where(safe.isneginf(), safe, safe - alpha * adversarial.to(safe))
     if beta == 0:
         return scores
-    threshold = safe.amax(-1, keepdim=True) + math.log(beta)
-    strength = torch.as_tensor(alpha, device=safe.device)
-    return scores.masked_fill((safe < threshold) & (strength > 0), -math.inf)
+    implausible = safe < safe.amax(-1, keepdim=True) + math.log(beta)
+    if isinstance(alpha, torch.Tensor):
+        implausible &= alpha > 0
+    elif alpha == 0:
+        return scores
+    return scores.masked_fill(implausible, -math.inf)

@@ -69,6 +69,11 @@ class GrowingLayer(DynamicLayer):
         self._written = self.keys
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Select rows. The buffers held all of them, and are given back before the next update."""
+        super().reorder_cache(beam_idx)
+        self._buffers = self._written = None
+
 
 def _buffer(old: torch.Tensor, new: torch.Tensor, start: int, room: int) -> torch.Tensor:
     """Room for `room` tokens, with the `start` tokens of `old` in place."""

@@ -87,7 +87,7 @@ class ACDLogitsProcessor(ContrastProcessor):
         self.beta = check_beta(pair.beta if beta is None else beta)
         self.horizon = check_horizon(horizon)
         self.pair = pair
-        self.model = base_model(model)
+        self._given, self.model = model, base_model(model)
         check_model(self.model)
         pair.check(self.model)
         trained = pair.config.share_instruction_kv
@@ -151,6 +151,7 @@ class ACDLogitsProcessor(ContrastProcessor):
         """See the base class."""
         if not is_attached(self):
             raise ValueError("this ACDLogitsProcessor was detached from its model: build a new one.")
+        base_model(self._given)  # adapters may have come since
         if generation_config.token_healing:
             raise ValueError("ACD does not support token_healing: it rewrites the prompt without the contrast.")
         mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
@@ -213,8 +214,9 @@ class _BoundACD(BoundProcessor):
             )
         if not self.checked:  # once a call: reading from the device makes it wait
             self._check_nan(scores, adversarial)
-        alpha = self.alpha.to(scores) if isinstance(self.alpha, torch.Tensor) else self.alpha
-        result = contrast(scores, adversarial, alpha, self.beta)
+        if isinstance(self.alpha, torch.Tensor):
+            self.alpha = self.alpha.to(scores)  # moved once a call
+        result = contrast(scores, adversarial, self.alpha, self.beta)
         # Beam search adds log-probabilities up over tokens and compares beams
         return result.log_softmax(-1) if self.normalise else result
 
@@ -265,7 +267,8 @@ def check_left_padding(model: PreTrainedModel) -> None:
     The shorter one of two soft prompts stands behind padding. Two tokens are generated from a short prompt, plain,
     with one padding token and without: transformers knows how each model wants to be called.
     """
-    ids = torch.arange(3, 7, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    device = "cpu" if model.device.type == "meta" else model.device  # accelerate brings it to offloaded weights
+    ids = torch.arange(3, 7, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
     mask = torch.ones_like(ids)
     settings = GenerationConfig(
         max_new_tokens=2,

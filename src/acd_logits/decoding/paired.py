@@ -331,7 +331,7 @@ class PairedCache(Cache):
 
     def _each_length(self, device: torch.device) -> torch.Tensor:
         """Soft prompt length of every inner row, `[rows, 1]`."""
-        return torch.tensor(self._lengths(), device=device).repeat_interleave(self.rows)[:, None]
+        return torch.cat([torch.full((self.rows, 1), n, device=device) for n in self._lengths()])
 
     def _both(self, rows: torch.Tensor) -> torch.Tensor:
         """Inner rows of the given visible rows (indices, or a mask)."""

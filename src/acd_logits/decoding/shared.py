@@ -191,11 +191,11 @@ class SharedCache(PairedCache):
     def _slots(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Stream and visible token of every slot, for `length` visible tokens; soft prompts stand before them all."""
         streams = torch.arange(len(self._lengths()), device=device)
-        lengths = torch.tensor(self._lengths(), device=device)
+        prompts = [torch.full((n,), stream, device=device) for stream, n in enumerate(self._lengths())]
         times = torch.arange(length, device=device)
         shared, own = times[: self.shared], times[self.shared :]
-        stream = [torch.full_like(shared, _BOTH), streams.repeat_interleave(lengths), streams.repeat(len(own))]
-        time = [shared, torch.full_like(stream[1], -1), own.repeat_interleave(len(streams))]
+        stream = [torch.full_like(shared, _BOTH), *prompts, streams.repeat(len(own))]
+        time = [shared, shared.new_full((sum(self._lengths()),), -1), own.repeat_interleave(len(streams))]
         return torch.cat(stream), torch.cat(time)
 
     def _stream_mask(self, visible: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicCache
 from .layers import KeyValues, cache_layers, changes_frequencies, reach, reuses_prefix, rope_type
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
 
@@ -111,14 +113,16 @@ class PairedStreams:
 
 
 def _position_capacity(model: PreTrainedModel) -> int | None:
-    """How many tokens the model's table of learned positions takes; `None` where it has none."""
-    names = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in names
-    ]
-    return min((table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables), default=None)
+    """How many tokens the model's table of positions takes, be they learned or computed; `None` without a table."""
+    names = ("wpe", "embed_positions", "position_embedding", "position_embeddings", "pos_encoding")
+
+    def named(things: Iterable[tuple[str, Any]]) -> list[Any]:
+        return [thing for name, thing in things if name.rsplit(".", 1)[-1] in names]
+
+    learned = [table for table in named(model.named_modules()) if isinstance(table, torch.nn.Embedding)]
+    sizes = [table.num_embeddings - int(getattr(table, "offset", 0)) for table in learned]
+    sizes += [len(table) for table in named(model.named_buffers())]
+    return min(sizes, default=None)
 
 
 def _long_from(model: PreTrainedModel) -> int | None:
