@@ -56,7 +56,8 @@ def shared_logits(model, soft, ids, prompt_length):
     n, length = len(soft), len(soft) + len(ids)
     sees = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     sees[n : n + prompt_length - 1, :n] = False
-    mask = torch.zeros(sees.shape, device=ids.device).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
+    mask = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device)
+    mask = mask.masked_fill(~sees, torch.finfo(model.dtype).min)[None, None]
     embeds = torch.cat([soft, model.get_input_embeddings()(ids)])[None]
     positions = torch.arange(-n, len(ids), device=ids.device)[None]
     return model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits[0, n:]

@@ -556,7 +556,7 @@ class Decoder(RuleBasedStateMachine):
         if promise == "given now":  # the first call of its processor is this one
             held.frozen = None
         if context == "autocast" and (mode == "static" or not self.owner.precise):
-            context = "none"  # plain generate() raises there too
+            context = "none"  # a static cache raises there in plain generate() too, and half weights inside of torch
         acd = held.promised(model) if frozen else held.acd
         rows = (9,) if mode in ONE_ROW else BATCHES["padded"] if held.options.per_row else BATCHES[lengths]
         batch = build_batch(rows, seed)
