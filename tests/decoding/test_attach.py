@@ -153,7 +153,11 @@ class TestNothingIsPlain:
         with pytest.raises(RuntimeError, match=r"did not fill the cache .* model.eval\(\)"):
             model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=3)
         model.eval()
-        model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=3)
+        acd = ACDLogitsProcessor(model, build_pair(5, 5))  # without a mask, whose size would not fit
+        out = model.generate(**build_batch((9,)), logits_processor=[acd], **SCORES)
+        model.train()  # between two turns the cache is full, and would stay as it is
+        with pytest.raises(RuntimeError, match="did not fill the cache"):
+            model.generate(out.sequences, past_key_values=out.past_key_values, logits_processor=[acd], **SCORES)
 
     @pytest.mark.parametrize("share", [False, True])
     @pytest.mark.parametrize("user_made", [False, True])

@@ -198,6 +198,13 @@ def test_a_shared_instruction_scores_no_texts():
         contrasted_logits(acd, torch.tensor([[5, 6, 7]]), 0.0)
 
 
+def test_texts_that_the_soft_prompts_do_not_reach():
+    acd = ACDLogitsProcessor(build_model("mistral_sliding"), build_pair())
+    contrasted_logits(acd, torch.full((1, 153), 5), 0.0)
+    with pytest.raises(ValueError, match="carry a soft prompt 153 tokens far"):
+        contrasted_logits(acd, torch.full((1, 154), 5), 0.0)
+
+
 CHOICES = """\
 task: tiny_choices
 dataset_path: json

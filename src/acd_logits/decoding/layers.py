@@ -170,14 +170,20 @@ def has_plain_keys(model: PreTrainedModel) -> bool:
 
 def changes_frequencies(model: PreTrainedModel) -> bool:
     """Whether rotary frequencies depend on the length of the text, and keys with them."""
-    return rope_type(model) in ("dynamic", "longrope")
+    return bool(changes_from(model))
 
 
-def rope_type(model: PreTrainedModel) -> str | None:
-    """Type of the model's rotary embeddings; of the first kind of layer that has one, where kinds differ."""
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+def changes_from(model: PreTrainedModel) -> dict[str, int]:
+    """The text length behind which rotary frequencies change, by the type of the embeddings that do so."""
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One dict, or one for each kind of layer
     kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return next((str(kind["rope_type"]) for kind in kinds if kind.get("rope_type")), None)
+    return {
+        kind["rope_type"]: int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    }
 
 
 def reach(model: PreTrainedModel) -> float:

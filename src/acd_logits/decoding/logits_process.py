@@ -163,7 +163,7 @@ class ACDLogitsProcessor(ContrastProcessor):
             length = getattr(generation_config, "_mask_length", ids_length)
         offset = length - ids_length
         max_length = generation_config.max_length + offset
-        self._check_length(max_length)
+        self.streams.check_length(max_length)
         cache = _paired_cache(self, generation_config, model_kwargs)
         cache.begin_call(length, max_length, offset, self.horizon, mask)
 
@@ -174,21 +174,6 @@ class ACDLogitsProcessor(ContrastProcessor):
                 raise ValueError(f"alpha has {len(alpha)} entries for a batch of {batch} prompts.")
             alpha = alpha.repeat_interleave(max(beams, copies))[:, None]
         return _BoundACD(cache, alpha, self.beta, normalise=beams > 1, end=_end(ids_length, self.horizon))
-
-    def _check_length(self, max_length: int) -> None:
-        """Raise ValueError where a text of `max_length` tokens leaves the soft prompts behind, or runs out of room."""
-        streams, name = self.streams, type(self.model).__name__
-        if max_length - 1 > streams.reach:
-            raise ValueError(
-                f"every layer of {name} has a sliding window, and together they carry a soft prompt {streams.reach} "
-                f"tokens far, while prompt and new tokens make up to {max_length}: shorten them, since the rest would "
-                "be plain text."
-            )
-        if streams.capacity is not None and streams.width + max_length - 1 > streams.capacity:
-            raise ValueError(
-                f"{name} has {streams.capacity} positions, of which the soft prompts take {streams.width}: prompt and "
-                f"new tokens make up to {max_length}, shorten them."
-            )
 
 
 class _BoundACD(BoundProcessor):

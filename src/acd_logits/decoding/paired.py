@@ -279,7 +279,7 @@ class PairedCache(Cache):
     def _check_filled(self) -> None:
         layers = (layer for layer in self.layers if isinstance(layer, DynamicLayer))
         first = next(layers, None)
-        if first is not None and not first.get_seq_length():
+        if first is not None and first.get_seq_length() != self._slots_for(self.seen):
             raise RuntimeError(
                 f"the forward of {type(self.streams.model).__name__} did not fill the cache it was given: it keeps "
                 "its state elsewhere, which ACD cannot follow, or gradient checkpointing turns the cache off, which "

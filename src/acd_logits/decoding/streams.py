@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .layers import KeyValues, cache_layers, changes_frequencies, reach, reuses_prefix, rope_type
+from .layers import KeyValues, cache_layers, changes_from, reach, reuses_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,8 +51,9 @@ class PairedStreams:
         self.reach = reach(model)
         self.capacity = _position_capacity(model)
         # The text length behind which rotary frequencies change, keys held included where it is longrope
-        self.long_from = _long_from(model)
-        self.switches_at = self.long_from if rope_type(model) == "longrope" else None
+        changes = changes_from(model)
+        self.long_from = min(changes.values(), default=None)
+        self.switches_at = changes.get("longrope")
         self._lock = threading.Lock()
         self._stored: list[KeyValues | None] | None = None
 
@@ -69,6 +70,21 @@ class PairedStreams:
             if self.frozen and not self.model.training and not torch.is_autocast_enabled(device.type):
                 self._stored = layers
             return layers
+
+    def check_length(self, max_length: int) -> None:
+        """Raise ValueError where a text of `max_length` tokens leaves the soft prompts behind, or runs out of room."""
+        name = type(self.model).__name__
+        if max_length - 1 > self.reach:
+            raise ValueError(
+                f"every layer of {name} has a sliding window, and together they carry a soft prompt {self.reach} "
+                f"tokens far, while prompt and new tokens make up to {max_length}: shorten them, since the rest would "
+                "be plain text."
+            )
+        if self.capacity is not None and self.width + max_length - 1 > self.capacity:
+            raise ValueError(
+                f"{name} has {self.capacity} positions, of which the soft prompts take {self.width}: prompt and "
+                f"new tokens make up to {max_length}, shorten them."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PairedStreams:
         return self  # a copy of a conversation's cache goes on with the same model and prompts
@@ -123,15 +139,6 @@ def _position_capacity(model: PreTrainedModel) -> int | None:
     sizes = [table.num_embeddings - int(getattr(table, "offset", 0)) for table in learned]
     sizes += [len(table) for table in named(model.named_buffers())]
     return min(sizes, default=None)
-
-
-def _long_from(model: PreTrainedModel) -> int | None:
-    """The text length behind which rotary frequencies are others, for all tokens; `None` where they stay."""
-    config = model.config.get_text_config(decoder=True)
-    if not changes_frequencies(model):
-        return None
-    parameters = config.rope_parameters
-    return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def _stack(*tensors: torch.Tensor) -> torch.Tensor:

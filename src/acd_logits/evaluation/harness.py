@@ -157,13 +157,15 @@ def contrasted_logits(acd: ACDLogitsProcessor, input_ids: torch.Tensor, beta: fl
         `[B, T, vocab]` unnormalised float32 scores of the token that follows each position, `-inf` for those cut.
 
     Raises:
-        ValueError: the processor shares the instruction, and nothing here says where an instruction ends.
+        ValueError: the processor shares the instruction, and nothing here says where an instruction ends; or the texts
+            are longer than the soft prompts reach.
     """
     if isinstance(acd.streams, SharedStreams):
         raise ValueError(
             "log-likelihoods cannot be scored under share_instruction_kv, since a text to score does not say where "
             "its instruction ends: choose tasks that generate."
         )
+    acd.streams.check_length(input_ids.shape[1] + 1)
     model = acd.model
     # The forward's hooks answer a call that carries a paired cache: see paired.py
     cache = PairedCache(acd.streams, DynamicCache(config=model.config.get_text_config(decoder=True)))
