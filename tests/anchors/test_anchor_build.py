@@ -41,7 +41,8 @@ def test_every_instruction_is_answered_under_the_three_prompts(model, tokenizer,
     assert rows == read_lines(path)
     assert os.listdir(path.parent) == ["anchors.jsonl"]
     assert set(rows[0]) == {
-        *("instruction", "response", "split", "system_prompt", "source", "category", "kind", "mirror", "finished")
+        *("instruction", "response", "split", "system_prompt", "source", "category", "kind", "mirror", "finished"),
+        *("history", "begun"),
     }
     samples = anchors.sample_responses(model, tokenizer, INSTRUCTIONS, tmp_path / "partial", SETTINGS)
     assert Counter((row["instruction"], row["system_prompt"]) for row in samples) == Counter(
@@ -110,3 +111,19 @@ def test_what_is_built_can_be_loaded(model, tokenizer, tmp_path):
     rows = build_tiny_anchors(model, tokenizer, tmp_path / "anchors.jsonl")
     data = load_anchor_data(tmp_path / "anchors.jsonl")
     assert data.to_list() == rows
+
+
+def test_a_refused_safe_instruction_is_asked_again(model, tokenizer, tmp_path, monkeypatch):
+    """From other first tokens than the refusals', here the one that most responses begin with."""
+    rows = build_tiny_anchors(model, tokenizer, tmp_path / "first.jsonl")
+    word = Counter(row["response"].split()[0] for row in rows if row["source"] == "sampled").most_common(1)[0][0]
+    monkeypatch.setattr("acd_logits.anchors.build.is_refusal", lambda text: text.startswith(word))
+    refusals = [{"response": f"{word} help", "category": ""}]
+    again = build_tiny_anchors(model, tokenizer, tmp_path / "second.jsonl", refusals=refusals, answer_safe=True)
+    first = {(row["instruction"], row["response"]) for row in rows}
+    new = [row for row in again if (row["instruction"], row["response"]) not in first and row["source"] == "sampled"]
+    assert new
+    for row in new:
+        assert row["kind"] != "harmful"
+        assert not row["response"].startswith(word)
+    assert sorted(os.listdir(tmp_path)) == ["first.jsonl", "second.jsonl"]

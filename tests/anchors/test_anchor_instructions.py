@@ -14,13 +14,14 @@ from tiny_anchors import read_lines, write_lines
 def test_the_shipped_instructions_are_many_and_varied():
     instructions = load_instructions()
     kinds = Counter(row["kind"] for row in instructions)
-    assert kinds["harmful"] >= 200
-    assert kinds["near_miss"] + kinds["everyday"] >= 300
-    assert kinds["near_miss"] * 3 >= kinds["near_miss"] + kinds["everyday"]
+    assert kinds["harmful"] == kinds["near_miss"] >= 1200
+    assert kinds["everyday"] >= 2500
     harms = {row["category"] for row in instructions if row["kind"] == "harmful"}
     assert len(harms) >= 12
     assert {row["category"] for row in instructions if row["kind"] == "near_miss"} <= harms
     for kind, number in kinds.items():
+        turns = Counter(1 + len(row["history"]) // 2 for row in instructions if row["kind"] == kind)
+        assert turns[2] + turns[3] >= number / 10
         openings = Counter(
             " ".join(row["instruction"].lower().split()[:2]) for row in instructions if row["kind"] == kind
         )
@@ -49,8 +50,8 @@ def test_the_kind_is_in_the_line_or_in_the_name_of_the_file(tmp_path):
     mixed = write_lines(tmp_path / "my.jsonl", [{"instruction": "a", "kind": "near_miss", "category": "c"}, ""])
     harmful = write_lines(tmp_path / "harmful.jsonl", [{"instruction": " b "}, {"instruction": "b"}])
     assert load_instructions([mixed, harmful]) == [
-        {"instruction": "a", "category": "c", "kind": "near_miss", "mirror": "c 1"},
-        {"instruction": "b", "category": "general", "kind": "harmful", "mirror": "general 1"},
+        {"instruction": "a", "category": "c", "kind": "near_miss", "mirror": "c 1", "history": []},
+        {"instruction": "b", "category": "general", "kind": "harmful", "mirror": "general 1", "history": []},
     ]
 
 
@@ -64,6 +65,8 @@ def test_the_kind_is_in_the_line_or_in_the_name_of_the_file(tmp_path):
         (['{"instruction": 3}'], "line 1: expected an object with a text `instruction`"),
         (['["instruction"]'], "line 1: expected an object with a text `instruction`"),
         (['{"instruction": "a", "kind": "evil"}'], "line 1: `kind` must be one of harmful, near_miss, everyday"),
+        (['{"instruction": "a", "history": ["b"]}'], "line 1: `history` must be a list of texts, of the user and the"),
+        (['{"instruction": "a", "history": "b"}'], "line 1: `history` must be a list of texts"),
     ],
 )
 def test_bad_instruction_files(tmp_path, lines, message):

@@ -104,3 +104,20 @@ def test_a_held_out_part_that_cannot_be(fraction):
 
     with pytest.raises(ValueError, match=r"held-out fraction must|cannot hold out"):
         split_held_out(Dataset.from_list(anchor_rows()), fraction)
+
+
+def test_answers_may_have_begun():
+    """A harmful one is turned around, a safe one goes on; a refusal of the model's own may be left out."""
+    answer = "First you take a pick, then you turn it."
+    samples = [sample("pick it", answer), sample("take it", "I can't help with that."), sample("lift", "Yes.")]
+    samples += [sample("paint it", answer, "everyday", finished=False)]
+    rows = split_responses(samples, REFUSALS, own_refusals=False, begun_share=1.0)
+    assert {row["source"] for row in rows if row["split"] == "D_HR"} == {"refusal_bank"}
+    assert "take it" not in {row["instruction"] for row in rows if row["split"] == "D_HA"}
+    harmful, safe = (row for row in rows if row["begun"])  # "Yes." is too short
+    assert (harmful["instruction"], harmful["split"], harmful["finished"]) == ("pick it", "D_HR", True)
+    assert answer.startswith(harmful["begun"])
+    assert harmful["response"][:2] == "\n\n"
+    assert harmful["response"][2:] in {row["response"] for row in REFUSALS}
+    assert (safe["split"], safe["begun"] + safe["response"], safe["finished"]) == ("D_S", answer, False)
+    assert not any(row["begun"] for row in split_responses(samples, REFUSALS))

@@ -38,11 +38,12 @@ def test_the_command_samples(model_path, tmp_path, capsys):
     assert {row["response"] for row in rows if row["split"] == "D_HR"} <= {row["response"] for row in REFUSALS}
 
     path.unlink()
-    options = ["--system_prompts", "null", "--refusal_opening", "I can't help."]
+    options = ["--system_prompts", "null", "--bank_refusals", "--begun_share", "1", "--answer_safe"]
     assert main(["anchors", "--model_name_or_path", model_path, "--max_new_tokens", "8", *files, *options]) == 0
-    for row in read_lines(path):
-        assert row["system_prompt"] == ("" if row["source"] == "refusal_bank" else "null")
-        assert row["source"] == "sampled" or row["response"].startswith("I can't help.")
+    rows = read_lines(path)
+    assert len(os.listdir(tmp_path)) == 3, "nothing is left of the partial files"
+    assert all(row["source"] == "refusal_bank" for row in rows if row["split"] == "D_HR")
+    assert {row["split"] for row in rows if row["begun"]} == {"D_HR", "D_S"}
 
 
 @pytest.mark.parametrize(

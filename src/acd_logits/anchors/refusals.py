@@ -1,8 +1,11 @@
-"""The refusal bank: ready-made refusals, for models that hardly refuse anything themselves."""
+"""The refusal bank: ready-made refusals, for models that hardly refuse anything themselves.
+
+They are few, and begin alike: the loss of a small model is then about when to refuse, and not about which of many
+wordings comes next.
+"""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +16,12 @@ if TYPE_CHECKING:
     import os
 
 
-def load_refusals(path: str | os.PathLike[str] | None = None, opening: str | None = None) -> list[dict[str, str]]:
+def load_refusals(path: str | os.PathLike[str] | None = None) -> list[dict[str, str]]:
     """Read the refusal bank from a JSONL file.
 
     Args:
         path: the file. A line is an object with `response` and perhaps `category`: a refusal with a category is used
             for harmful instructions of that category only. Default: the package's own.
-        opening: a sentence that takes the place of every refusal's first one. The loss of a small model is then about
-            when to refuse, and not about which of many wordings comes next.
 
     Returns:
         The refusals as dictionaries of these keys, without repetitions; `category` is "" for a general refusal.
@@ -31,8 +32,4 @@ def load_refusals(path: str | os.PathLike[str] | None = None, opening: str | Non
     """
     rows = read_jsonl(Path(path or shipped_folder("anchors") / "refusals.jsonl"), required=("response",))
     refusals = [{"response": row["response"].strip(), "category": str(row.get("category") or "")} for _, row in rows]
-    if opening:
-        for refusal in refusals:
-            sentences = re.split(r"(?<=[.!?])\s+", refusal["response"])
-            refusal["response"] = " ".join([opening, *sentences[1:]])
     return [dict(row) for row in dict.fromkeys(tuple(refusal.items()) for refusal in refusals)]

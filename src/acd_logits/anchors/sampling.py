@@ -35,6 +35,7 @@ class SamplingSettings:
         temperature: of sampling; 0 takes the likeliest token. (At 1.0, SmolLM2-135M writes gibberish.)
         top_p: sample from the likeliest tokens with this total probability.
         seed: the same seed gives the same responses on the same machine.
+        begin_suppress_tokens: tokens that no response begins with.
     """
 
     system_prompts: tuple[str, ...] = tuple(SYSTEM_PROMPTS)
@@ -43,12 +44,13 @@ class SamplingSettings:
     temperature: float = 0.7
     top_p: float = 0.9
     seed: int = 0
+    begin_suppress_tokens: tuple[int, ...] = ()
 
 
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[dict[str, str]],
+    instructions: Sequence[dict[str, Any]],
     partial_file: Path,
     settings: SamplingSettings,
 ) -> list[dict[str, Any]]:
@@ -62,8 +64,8 @@ def sample_responses(
         settings: how to sample.
 
     Returns:
-        One dictionary per instruction and system prompt: `instruction`, `category`, `kind`, `system_prompt`,
-        `response`, `finished`. The order depends on the lengths of the prompts.
+        One dictionary per instruction and system prompt: `instruction`, `category`, `kind`, `history`,
+        `system_prompt`, `response`, `finished`. The order depends on the lengths of the prompts.
 
     Raises:
         OSError: the partial file cannot be read or written.
@@ -71,7 +73,10 @@ def sample_responses(
     """
     prompt_ids = _prompt_encoder(tokenizer)
     requests = [
-        ({**instruction, "system_prompt": name}, prompt_ids(SYSTEM_PROMPTS[name], instruction["instruction"]))
+        (
+            {**instruction, "system_prompt": name},
+            prompt_ids(SYSTEM_PROMPTS[name], [*instruction.get("history", ()), instruction["instruction"]]),
+        )
         for instruction in instructions
         for name in settings.system_prompts
     ]
@@ -92,18 +97,19 @@ def sample_responses(
     return list(itertools.chain.from_iterable(done))
 
 
-def _prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], list[int]]:
-    """A function of system prompt and instruction: the token ids that a user's own conversation would have."""
+def _prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequence[str]], list[int]]:
+    """A function of system prompt and turns: the token ids that a user's own conversation would have."""
     text = "Be brief."
     as_text = tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
     has_system_turn = system_prompt_ids(tokenizer, text) != as_text
 
-    def prompt_ids(system_prompt: str, instruction: str) -> list[int]:
-        turns = [{"role": "user", "content": instruction}]
+    def prompt_ids(system_prompt: str, texts: Sequence[str]) -> list[int]:
+        roles = itertools.cycle(("user", "assistant"))
+        turns = [{"role": next(roles), "content": text} for text in texts]
         if system_prompt and has_system_turn:
             turns.insert(0, {"role": "system", "content": system_prompt})
         elif system_prompt:
-            turns[0]["content"] = f"{system_prompt}\n\n{instruction}"
+            turns[0]["content"] = f"{system_prompt}\n\n{texts[0]}"
         return encode_messages(tokenizer, turns)
 
     return prompt_ids
@@ -113,17 +119,15 @@ def _sample_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: SamplingSettings
 ) -> list[dict[str, Any]]:
     """Continue the prompts; for each, its `response` and whether it `finished`."""
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    if settings.begin_suppress_tokens:
+        sampling["begin_suppress_tokens"] = list(settings.begin_suppress_tokens)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         # The settings and the batch decide its seed, whatever batches came before it, and in whichever run
         torch.manual_seed(int(digest(settings.seed, prompts)[:15], 16))
-        responses = generate_batch(
-            model,
-            tokenizer,
-            prompts,
-            settings.max_new_tokens,
-            **(sampling if settings.temperature else {"do_sample": False}),
-        )
+        responses = generate_batch(model, tokenizer, prompts, settings.max_new_tokens, **sampling)
     return [{"response": response.text, "finished": response.finished} for response in responses]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +25,33 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SPLITS = ("D_HR", "D_HA", "D_S")
+BEGUN_WORDS = 30  # at most, in an answer that has begun
 
 
 def split_responses(
-    samples: Sequence[dict[str, Any]], refusals: Sequence[dict[str, str]], per_instruction: int = 1, seed: int = 0
+    samples: Sequence[dict[str, Any]],
+    refusals: Sequence[dict[str, str]],
+    per_instruction: int = 1,
+    seed: int = 0,
+    own_refusals: bool = True,
+    begun_share: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Split sampled responses into D_HR, D_HA and D_S (section 3.2) and fill up D_HR.
 
     Refusals of safe instructions, empty responses and repetitions are left out. The log counts what is left out, what
     is short and what is filled up.
 
+    A pair trained on first tokens protects no deeper than those. So some rows have an answer that has `begun`: a few
+    words of a harmful one, then a refusal (D_HR), and a few words of a safe one, then the rest of it (D_S).
+
     Args:
         samples: as of [`sample_responses`].
         refusals: as of [`load_refusals`].
         per_instruction: how many D_HR and D_HA responses training wants for each harmful instruction. More are kept,
             fewer refusals are filled up from the bank; compliance cannot be made up.
-        seed: chooses among the refusals.
+        seed: chooses among the refusals, and what has begun.
+        own_refusals: keep the model's own refusals of harmful instructions, rather than filling up all from the bank.
+        begun_share: for this share of the sampled answers, add a row in which it has begun.
 
     Returns:
         The anchors, sorted by split and instruction.
@@ -54,17 +66,25 @@ def split_responses(
             dropped["empty"] += 1
         elif safe and refused:
             dropped["refusals of safe instructions"] += 1
+        elif refused and not own_refusals:
+            dropped["refusals, for those of the bank"] += 1
         elif key in kept:
             dropped["repeated"] += 1
         else:
             split = "D_S" if safe else "D_HR" if refused else "D_HA"
-            kept[key] = {**sample, "split": split, "source": "sampled"}
+            kept[key] = {"history": [], **sample, "split": split, "source": "sampled", "begun": ""}
     for reason, number in dropped.items():
         logger.warning(f"Left out {number} of {len(samples)} responses: {reason}.")
     about = ("instruction", "category", "kind", "mirror")
-    harmful = {s["instruction"]: {key: s[key] for key in about} for s in samples if s["kind"] == "harmful"}
+    harmful = {
+        s["instruction"]: {"history": s.get("history", []), "begun": ""} | {key: s[key] for key in about}
+        for s in samples
+        if s["kind"] == "harmful"
+    }
     anchors = [*kept.values(), *_fill_refusals(kept.values(), harmful, refusals, per_instruction, seed)]
+    anchors += _begin_answers(kept.values(), refusals, begun_share, seed)
     order = ("instruction", "response", "split", "system_prompt", "source", "category", "kind", "mirror", "finished")
+    order += ("history", "begun")
     anchors.sort(key=lambda row: [row[key] for key in ("split", "kind", "category", "instruction", "response")])
     return [{key: row[key] for key in order} for row in anchors]
 
@@ -95,6 +115,25 @@ def _fill_refusals(
                 f"gave {missing} too few: {cure}."
             )
     return filled
+
+
+def _begin_answers(
+    sampled: Iterable[dict[str, Any]], refusals: Sequence[dict[str, str]], share: float, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Rows in which an answer has begun: a harmful one, which is turned around, or a safe one, which goes on."""
+    for row in sampled:
+        choice = random.Random(f"begun {seed} {row['instruction']}")
+        ends = [word.end() for word in re.finditer(r"\S+", row["response"])][:-1]
+        if row["split"] == "D_HR" or not ends or choice.random() >= share:
+            continue
+        cut = choice.choice(ends[:BEGUN_WORDS])
+        begun, rest = row["response"][:cut], row["response"][cut:]
+        if row["split"] == "D_S":
+            yield {**row, "begun": begun, "response": rest}
+        else:
+            refusal = next(_shuffled(refusals, row["category"], choice))
+            row = {**row, "begun": begun, "response": f"\n\n{refusal}", "split": "D_HR", "finished": True}
+            yield {**row, "source": "refusal_bank"}
 
 
 def _shuffled(refusals: Sequence[dict[str, str]], category: str, choice: random.Random) -> Iterator[str]:

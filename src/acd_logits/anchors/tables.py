@@ -38,12 +38,26 @@ def read_jsonl(path: Path, required: tuple[str, ...]) -> list[tuple[int, dict[st
     return rows
 
 
+def check_history(history: Any, where: str) -> list[str]:
+    """Earlier turns, of the user and the assistant in turn: an even number of texts, mostly none.
+
+    Raises:
+        ValueError: they are something else; `where` names the line.
+    """
+    history = [] if history is None else history
+    if not isinstance(history, list) or len(history) % 2 or not all(isinstance(t, str) and t.strip() for t in history):
+        raise ValueError(f"{where}: `history` must be a list of texts, of the user and the assistant in turn")
+    return history
+
+
 def load_anchor_data(path: str | os.PathLike[str], needed: Sequence[str] = SPLITS) -> Dataset:
     """Read an anchor set: one of [`build_anchors`] or a file of your own.
 
     Args:
         path: a .jsonl, .json, .csv or .parquet file with the columns `instruction`, `response` and `split`. Where
-            they are missing, `finished` is true, `kind` follows from the split, and an instruction mirrors itself.
+            they are missing, `finished` is true, `kind` follows from the split, an instruction mirrors itself,
+            `history` (earlier turns, of the user and the assistant in turn) has none, and `begun` (what stands in the
+            answer before `response`) is empty.
         needed: the splits that may not be empty.
 
     Returns:
@@ -64,6 +78,8 @@ def load_anchor_data(path: str | os.PathLike[str], needed: Sequence[str] = SPLIT
         row["finished"] = True if row.get("finished") is None else row["finished"]
         if not isinstance(row["finished"], bool):
             raise ValueError(f"{path}, row {number}: `finished` must be true or false, not {row['finished']!r}")
+        row["history"] = check_history(row.get("history"), f"{path}, row {number}")
+        row["begun"] = row.get("begun") or ""
         row["mirror"] = row.get("mirror") or row["instruction"]
         row["kind"] = row.get("kind") or ("everyday" if row["split"] == "D_S" else "harmful")
     present = {row["split"] for row in rows}

@@ -63,11 +63,6 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--refusals", metavar="FILE", help="take refusals from this JSONL file (default: the package's own)"
     )
     sampling.add_argument(
-        "--refusal_opening",
-        metavar="TEXT",
-        help="put this sentence in the place of the first one of each of these refusals (default: leave them)",
-    )
-    sampling.add_argument(
         "--system_prompts",
         nargs="+",
         choices=names,
@@ -79,6 +74,23 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=1,
         help="keep this many refusals and compliant responses for each harmful instruction (default: %(default)s)",
+    )
+    sampling.add_argument(
+        "--bank_refusals",
+        action="store_true",
+        help="leave out the model's own refusals, so that all are from the refusals above",
+    )
+    sampling.add_argument(
+        "--begun_share",
+        type=share,
+        default=0.0,
+        help="for this share of the answers, add a row in which the answer has begun: a harmful one is turned around, "
+        "a safe one goes on (default: %(default)s)",
+    )
+    sampling.add_argument(
+        "--answer_safe",
+        action="store_true",
+        help="where the model refuses a safe instruction, sample once more, from other first tokens",
     )
     add_batch_argument(sampling, default=32)
     add_length_argument(sampling, default=64)
@@ -115,7 +127,7 @@ def _sample_anchors(args: argparse.Namespace) -> None:
     with user_errors(OSError, ValueError):
         anchors.check_new_file(args.output_file)
         instructions = anchors.load_instructions(args.instructions)
-        refusals = anchors.load_refusals(args.refusals, args.refusal_opening)
+        refusals = anchors.load_refusals(args.refusals)
     settings = anchors.SamplingSettings(
         system_prompts=tuple(dict.fromkeys(args.system_prompts)),
         batch_size=args.batch_size,
@@ -134,6 +146,9 @@ def _sample_anchors(args: argparse.Namespace) -> None:
             refusals=refusals,
             settings=settings,
             per_instruction=args.per_instruction,
+            own_refusals=not args.bank_refusals,
+            begun_share=args.begun_share,
+            answer_safe=args.answer_safe,
         )
     counts = Counter(row["split"] for row in rows)
     from_bank = sum(row["source"] == "refusal_bank" for row in rows)
