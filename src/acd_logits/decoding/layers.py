@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +10,16 @@ import torch
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
 )
 
+from ..pairs.key_values import KeyValues, cache_layers, has_plain_keys
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-KeyValues = tuple[torch.Tensor, torch.Tensor]
 
 SPARE = 64  # spare slots that a cache is given at most, each time it is copied
 
@@ -139,11 +137,6 @@ def roomier(cache: Cache, width: int, config: Any) -> Cache:
     return inner
 
 
-def cache_layers(model: PreTrainedModel) -> list[Any]:
-    """The layers of a dynamic cache of the model."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-
-
 def is_empty(layer: Any) -> bool:
     """Whether a cache layer, of attention or of a recurrent state, holds nothing."""
     if any(getattr(layer, "has_previous_state", {}).values()):
@@ -156,16 +149,6 @@ def reuses_prefix(model: PreTrainedModel) -> bool:
     """Whether keys and values of a prefix can be computed once and stand in front of any row, padding in between."""
     # Under frequencies that change, the keys of a prefix depend on the length of the text behind it
     return has_plain_keys(model) and not changes_frequencies(model)
-
-
-def has_plain_keys(model: PreTrainedModel) -> bool:
-    """Whether every layer attends to all keys by their positions, wherever they stand in the cache."""
-    return (
-        "position_ids" in inspect.signature(model.forward).parameters
-        and all(type(layer) is DynamicLayer for layer in cache_layers(model))
-        # Models off transformers' standard masks may measure distances in slots
-        and bool(getattr(model, "_supports_attention_backend", False))
-    )
 
 
 def changes_frequencies(model: PreTrainedModel) -> bool:

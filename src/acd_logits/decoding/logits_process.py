@@ -14,12 +14,13 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from ..pairs.fit import base_model
+from ..pairs.key_values import cache_layers
 from ..pairs.prompt_pair import PromptPair
 from ..ranges import check_alpha, check_beta, check_horizon
 from .attach import BoundProcessor, ContrastProcessor, attach, detach, is_attached
 from .call import CACHE_NAMES
 from .contrast import contrast
-from .layers import cache_layers, is_empty, roomier, take
+from .layers import is_empty, roomier, take
 from .paired import PairedCache, known_cache
 from .shared import SharedCache, SharedStreams
 from .streams import PairedStreams
@@ -51,9 +52,10 @@ class ACDLogitsProcessor(ContrastProcessor):
             of plain decoding; `None` contrasts all.
         share_instruction_kv: keep one copy of the prompt's keys and values for both streams (see `shared.py`), which
             one plain prefill computes. Exact for a pair that was trained so, and an approximation for any other.
-            Default: as the pair was trained.
+            Default: as the pair was trained. Key-value prompts are always decoded so.
         frozen_model: your promise that nothing about the model changes while this processor is used: no weights,
             adapters, hooks, dtypes. The first call then computes the soft prompts' keys and values for all.
+            Key-value prompts have theirs, and gain nothing.
 
     Raises:
         ValueError: for a value out of range, a pair that does not fit the model, or a model ACD cannot run on.
@@ -90,9 +92,14 @@ class ACDLogitsProcessor(ContrastProcessor):
         self._given, self.model = model, base_model(model)
         check_model(self.model)
         pair.check(self.model)
-        trained = pair.config.share_instruction_kv
+        trained = bool(pair.config.share_instruction_kv)
         share = trained if share_instruction_kv is None else share_instruction_kv
         _check_flags(share_instruction_kv=share, frozen_model=frozen_model)
+        if pair.config.prompt_type == "key_value" and not share:
+            raise ValueError(
+                "key-value prompts are decoded with a shared instruction: leave out share_instruction_kv=False, or "
+                "use embedding prompts."
+            )
         if share != trained:
             logger.warning(
                 f"This prompt pair was trained {'with' if trained else 'without'} share_instruction_kv and is used "

@@ -40,8 +40,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
+from ..pairs.key_values import cache_layers
 from .call import PairedCall, check_pairable
-from .layers import SLIPPED, GrowingLayer, TakenLayer, cache_layers
+from .layers import SLIPPED, GrowingLayer, TakenLayer
 from .owed import Owed
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ the order of the slots does not matter: x has the positions 0 to L - 1 that it h
 prompts of n tokens the positions -n to -1.
 
 For a pair that was trained so (`--share_instruction_kv`) this is exact. With any other pair x would see the soft
-prompt, and this is an approximation.
+prompt, and this is an approximation. Key-value prompts are decoded in this form only: their keys and values go into
+the slots as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from ..pairs.key_values import check_shareable as check_shareable
 from .call import PairedCall
-from .layers import has_plain_keys
 from .paired import PairedCache
 from .streams import PairedStreams
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
     from transformers.utils import ModelOutput
 
-    from .layers import KeyValues
+    from ..pairs.key_values import KeyValues
 
 _BOTH = -1  # in place of a stream: x, which both see
 
@@ -43,9 +44,9 @@ class SharedStreams(PairedStreams):
 
     Args:
         model: a decoder-only model with rotary embeddings and full attention.
-        safeguarding: SP, `[n_s, hidden_size]`.
-        adversarial: AP, `[n_a, hidden_size]`.
-        frozen_model: see the base class.
+        safeguarding: SP, `[n_s, hidden_size]`, or keys and values `[n_s, layers, 2, kv_heads, head_dim]`.
+        adversarial: AP, likewise.
+        frozen_model: see the base class; of no effect with key-value prompts.
 
     Raises:
         ValueError: the model is another one.
@@ -58,16 +59,33 @@ class SharedStreams(PairedStreams):
         adversarial: torch.Tensor,
         frozen_model: bool = False,
     ) -> None:
-        check_shareable(model)
+        self.key_value = safeguarding.ndim == 5
+        check_shareable(model, self.key_value)
         super().__init__(model, safeguarding, adversarial, frozen_model)
         self.reusable = True  # texts long enough to change the frequencies are refused
 
-    def _positions(self, embeds: torch.Tensor) -> torch.Tensor:
-        return torch.arange(-embeds.shape[1], 0, device=embeds.device)[None]
+    def key_values_like(self, cache: Cache) -> list[KeyValues | None]:
+        """Key-value prompts in the dtype, and on the device, that each layer of a filled cache has.
+
+        `[1, heads, n_s + n_a, head_dim]`.
+        """
+        layers: list[KeyValues | None] = []
+        for index, layer in enumerate(cache.layers):
+            keys, values = torch.cat([prompt[:, index].to(layer.keys.device) for prompt in self.prompts]).unbind(1)
+            layers.append((_as_rows(keys).to(layer.keys), _as_rows(values).to(layer.values)))
+        return layers
+
+    def _first_position(self, length: int) -> int:
+        return -length
 
     def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
         """`[1, heads, n_s + n_a, head_dim]`."""
         return torch.cat([safe, adversarial], dim=-2)
+
+
+def _as_rows(parts: torch.Tensor) -> torch.Tensor:
+    """`[n, heads, head_dim]` as one row of a cache, `[1, heads, n, head_dim]`."""
+    return parts.transpose(0, 1)[None]
 
 
 class SharedCache(PairedCache):
@@ -139,10 +157,14 @@ class SharedCache(PairedCache):
         self.contrasted = new - together
         if not self.contrasted:  # a chunk of the instruction
             return paired
-        if together:
-            part = {key: x[:, :together], "position_ids": positions[:, :together], name: cache}
-            part["attention_mask"] = visible[:, : seen + together]
+        # Behind x, key-value prompts see what the layers' keys are like; a prompt of one token is run for that alone
+        probe = int(self.streams.key_value and not seen + together)
+        if together + probe:
+            part = {key: x[:, : together + probe], "position_ids": positions[:, : together + probe], name: cache}
+            part["attention_mask"] = visible[:, : seen + together + probe]
             self.streams.model(**part, use_cache=True, logits_to_keep=1)
+        if probe:
+            cache.crop(-1)
         if seen <= self.shared:
             self._write_prompts_into(cache, x.device)
         copies = len(self._lengths())
@@ -182,7 +204,8 @@ class SharedCache(PairedCache):
     def _write_prompts_into(self, cache: Cache, device: torch.device) -> None:
         """Put the soft prompts behind the shared part of every row; AP, the last of them, not past the horizon."""
         stop = sum(self._lengths())
-        layers = self._prompts or self.streams.key_values(device)
+        learned = self.streams.key_value
+        layers = self._prompts or (self.streams.key_values_like(cache) if learned else self.streams.key_values(device))
         self._prompts = layers if self.inner is None else None
         for index, layer in enumerate(layers):
             if layer is not None:
@@ -226,24 +249,3 @@ class SharedCache(PairedCache):
             return value[:, ::copies]
         stream, time = self._slots(self.seen + new if self.inner is not None else new, value.device)
         return value[:, :, ::copies, ((stream <= 0) & (time >= 0)).nonzero()[:, 0]]
-
-
-def check_shareable(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose keys depend on more than the token and its position."""
-    config = model.config.get_text_config(decoder=True)
-    rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
-    if not rotary or not has_plain_keys(model):
-        raise ValueError(
-            f"{type(model).__name__} has no rotary embeddings over full attention, which share_instruction_kv needs: "
-            "leave it out."
-        )
-    if "llama_4_scaling_beta" in config.rope_parameters:
-        raise ValueError(
-            f"{type(model).__name__} scales its queries by the logarithm of the position, and share_instruction_kv "
-            "puts the soft prompts at negative positions: leave it out."
-        )
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(
-            f"share_instruction_kv needs a mask of its own, which {config._attn_implementation} attention does not "
-            "take: load the model with attn_implementation='sdpa'."
-        )

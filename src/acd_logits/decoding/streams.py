@@ -7,9 +7,9 @@ import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from transformers.cache_utils import DynamicCache
 
-from .layers import KeyValues, cache_layers, changes_from, reach, reuses_prefix
+from ..pairs.key_values import KeyValues, cache_layers, prompt_key_values
+from .layers import changes_from, reach, reuses_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,9 +43,7 @@ class PairedStreams:
         self.lengths = (len(safeguarding), len(adversarial))
         self.width = max(self.lengths)
         self.frozen = frozen_model
-        parameters = inspect.signature(model.forward).parameters
-        self.takes_positions = "position_ids" in parameters
-        self._keeps_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.num_layers = len(cache_layers(model))
         self.reusable = reuses_prefix(model)
         self.reach = reach(model)
@@ -94,34 +92,23 @@ class PairedStreams:
             "a cache filled under ACD belongs to a loaded model and cannot be saved: save the conversation's tokens."
         )
 
-    @torch.no_grad()
     def _compute(self, device: torch.device) -> list[KeyValues | None]:
         if self.lengths[0] == self.lengths[1]:  # one forward, which reads the weights once
-            both = self._run_prompt(torch.stack(self.prompts), device)
+            both = self._run(torch.stack(self.prompts), device)
             streams = [[layer and (layer[0][i : i + 1], layer[1][i : i + 1]) for layer in both] for i in (0, 1)]
         else:
-            streams = [self._run_prompt(prompt[None], device) for prompt in self.prompts]
+            streams = [self._run(prompt[None], device) for prompt in self.prompts]
         return [
             safe and adversarial and (self._join(safe[0], adversarial[0]), self._join(safe[1], adversarial[1]))
             for safe, adversarial in zip(*streams, strict=True)
         ]
 
-    def _run_prompt(self, prompts: torch.Tensor, device: torch.device) -> list[KeyValues | None]:
-        """Keys and values of soft prompts `[rows, n, hidden_size]`, per layer, each `[rows, heads, n, head_dim]`."""
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        rows, length = prompts.shape[:2]
-        # A null prompt has no keys: run one token for their shape and crop it off again
-        token = self.model.get_input_embeddings()(torch.zeros(rows, 1, dtype=torch.long, device=device))
-        embeds = prompts.to(token, copy=True) if length else token  # a model may write into what it is given
-        positions = {"position_ids": self._positions(embeds)} if self.takes_positions else {}
-        self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **positions, **self._keeps_logits)
-        if not length:
-            cache.crop(-1)
-        return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+    def _run(self, prompts: torch.Tensor, device: torch.device) -> list[KeyValues | None]:
+        return prompt_key_values(self.model, prompts.to(device), self._first_position(prompts.shape[1]))
 
-    def _positions(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Position ids of soft prompts, `[1, n]`."""
-        return torch.arange(embeds.shape[1], device=embeds.device)[None]
+    def _first_position(self, length: int) -> int:
+        """Position of the first token of a soft prompt of `length` tokens."""
+        return 0
 
     def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
         """`[2, heads, W, head_dim]`."""

@@ -10,6 +10,9 @@ import torch
 from peft import PeftModel
 from transformers.utils import logging
 
+from .config import SIZES
+from .key_values import key_value_sizes
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,16 +25,16 @@ def check_fit(config: PairConfig, model: PreTrainedModel) -> None:
     """Check a pair's config against a loaded model.
 
     Raises:
-        ValueError: if hidden size or vocabulary differ. A differing base model name only warns.
+        ValueError: if a size differs: hidden size or vocabulary, or layers, heads and head size of key-value prompts.
+            A differing base model name only warns.
     """
-    facts = model_facts(base_model(model))
-    for key, what in (("hidden_size", "hidden size"), ("vocab_size", "a vocabulary of")):
-        ours, theirs = getattr(config, key), facts[key]
-        if ours is not None and ours != theirs:
-            raise ValueError(
-                f"this prompt pair was made for {what} {ours}, the model has {theirs}: use a pair made for "
-                f"{facts['base_model_name_or_path'] or 'this model'}."
-            )
+    model = base_model(model)
+    facts = model_facts(model)
+    if difference := _difference(config, facts, model.config):
+        raise ValueError(
+            f"this prompt pair was made for {difference[0]}, the model has {difference[1]}: use a pair made for "
+            f"{facts['base_model_name_or_path'] or 'this model'}."
+        )
     ours, theirs = config.base_model_name_or_path, facts["base_model_name_or_path"]
     # A folder and a Hub id of the same model share the last part of their names
     if ours and theirs and Path(ours).name.lower() != Path(theirs).name.lower():
@@ -51,12 +54,11 @@ def check_fit_unloaded(pair: PairConfig, config: PretrainedConfig, name: str, tr
         Whether the pair was made for another model.
 
     Raises:
-        ValueError: the hidden sizes differ, or it was made for another model and `transfer` is not set.
+        ValueError: the prompts' sizes differ, or it was made for another model and `transfer` is not set.
     """
     config = config.get_text_config(decoder=True)
-    size = pair.hidden_size
-    if size != config.hidden_size:
-        raise ValueError(f"the pair was made for hidden size {size}, {name} has {config.hidden_size}")
+    if difference := _difference(pair, {"hidden_size": config.hidden_size}, config):
+        raise ValueError(f"the pair was made for {difference[0]}, {name} has {difference[1]}")
     ours = pair.base_model_name_or_path
     foreign = bool(ours) and Path(str(ours)).name.lower() != Path(name).name.lower()
     foreign = foreign or pair.vocab_size not in (None, config.vocab_size)
@@ -66,6 +68,17 @@ def check_fit_unloaded(pair: PairConfig, config: PretrainedConfig, name: str, tr
             "there"
         )
     return foreign
+
+
+def _difference(pair: PairConfig, facts: dict[str, Any], config: PretrainedConfig) -> tuple[str, Any] | None:
+    """The first size that a model has otherwise than a pair's, in words, and the model's."""
+    if pair.prompt_type == "key_value":
+        facts = facts | key_value_sizes(config)
+    for name in SIZES:
+        ours, theirs = getattr(pair, name), facts.get(name)
+        if None not in (ours, theirs) and ours != theirs:
+            return SIZES[name].format(ours), theirs
+    return None
 
 
 def base_model(model: Any) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 A saved pair is a folder (or a Hub repository):
 
     acd_config.json                                          `config.py`
-    safeguarding/adapter_config.json, adapter_model.safetensors   SP, a stock peft prompt-tuning adapter
+    safeguarding/adapter_config.json, adapter_model.safetensors   SP, a stock peft adapter: `adapters.py`
     adversarial/adapter_config.json, adapter_model.safetensors    AP, likewise
     README.md                                                the model card
 
@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, save_adapter
-from .config import CONFIG_NAME, PairConfig
+from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, prompt_sizes, save_adapter
+from .config import CONFIG_NAME, SIZES, PairConfig
 from .fit import base_model, chat_template_digest, check_fit, embed_tokens, model_facts
 from .hub import Repository, download
+from .key_values import embeddings_to_key_values
 from .model_card import CARD_NAME, generate_card, own_card
 from .texts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
 
@@ -44,15 +45,21 @@ STREAMS = ("safeguarding", "adversarial")
 class PromptPair:
     """The Safeguarding Prompt (SP) and the Adversarial Prompt (AP) of one model.
 
+    There are two kinds of prompts, told apart by their tensors:
+
+    - embedding prompts, `[n, hidden_size]`, in the space of the embedding layer's output (eq. 2);
+    - key-value prompts, `[n, layers, 2, kv_heads, head_dim]`: keys and values in every layer, keys first, as they are
+      after rotation at the positions -n to -1. The instruction does not see them; its last token and the new tokens
+      do.
+
     Args:
-        safeguarding: SP, `[n_s, hidden_size]`, in the space of the embedding layer's output (eq. 2). An empty one
-            (n_s = 0) is the null prompt.
-        adversarial: AP, `[n_a, hidden_size]`, likewise; n_a may differ from n_s.
-        config: what is known about the pair; `hidden_size` is filled in.
+        safeguarding: SP, of n_s tokens. An empty one (n_s = 0) is the null prompt.
+        adversarial: AP, of the same kind; its number of tokens n_a may differ from n_s.
+        config: what is known about the pair; the prompts' sizes are filled in.
 
     Raises:
-        ValueError: if a prompt is not a finite `[n, hidden_size]` tensor of float16, bfloat16, float32 or float64, or
-            the two differ in hidden size.
+        ValueError: if a prompt is no such finite tensor of float16, bfloat16, float32 or float64, the two differ in
+            kind or size, or the config says otherwise.
     """
 
     def __init__(
@@ -60,18 +67,30 @@ class PromptPair:
     ) -> None:
         self.safeguarding = checked_prompt("safeguarding", safeguarding)
         self.adversarial = checked_prompt("adversarial", adversarial)
-        hidden_size = self.safeguarding.shape[1]
-        if self.adversarial.shape[1] != hidden_size:
+        kinds = ["key_value" if prompt.ndim == 5 else "embedding" for prompt in (self.safeguarding, self.adversarial)]
+        if kinds[0] != kinds[1]:
             raise ValueError(
-                f"the safeguarding prompt has hidden size {hidden_size}, the adversarial one "
-                f"{self.adversarial.shape[1]}: both must come from the same model."
+                f"the safeguarding prompt is of type {kinds[0]!r}, the adversarial one {kinds[1]!r}: make both of one."
             )
-        config = PairConfig() if config is None else config
+        config = PairConfig(prompt_type=kinds[0]) if config is None else config
         if not isinstance(config, PairConfig):
             raise ValueError(f"config must be a PairConfig, got {type(config).__name__}.")
-        if config.hidden_size not in (None, hidden_size):
-            raise ValueError(f"{CONFIG_NAME} says hidden_size {config.hidden_size}, the prompts have {hidden_size}.")
-        self.config = dataclasses.replace(config, hidden_size=hidden_size)
+        if config.prompt_type != kinds[0]:
+            raise ValueError(
+                f"{CONFIG_NAME} says prompt_type {config.prompt_type!r}, the prompts are of type {kinds[0]!r}: "
+                f"PairConfig(prompt_type={kinds[0]!r}) says so too."
+            )
+        sizes: dict[str, Any] = prompt_sizes(self.safeguarding)
+        others = prompt_sizes(self.adversarial)
+        for name, size in sizes.items():
+            if others[name] != size:
+                raise ValueError(
+                    f"the safeguarding prompt has {SIZES[name].format(size)}, the adversarial one {others[name]}: "
+                    "both must come from the same model."
+                )
+            if getattr(config, name) not in (None, size):
+                raise ValueError(f"{CONFIG_NAME} says {name} {getattr(config, name)}, the prompts have {size}.")
+        self.config = dataclasses.replace(config, **sizes)
 
     def __repr__(self) -> str:
         return (
@@ -96,8 +115,9 @@ class PromptPair:
         tokenizer: PreTrainedTokenizerBase,
         safe: str = SAFE_PROMPT,
         adversarial: str = OPPOSITE_PROMPT,
+        prompt_type: str = "embedding",
     ) -> PromptPair:
-        """A pair that needs no training: the embeddings of two system prompts (eq. 1).
+        """A pair that needs no training: the embeddings of two system prompts (eq. 1), or their keys and values.
 
         With the defaults this is the paper's oID baseline; with `adversarial=""` (the null prompt) its nID.
 
@@ -106,10 +126,17 @@ class PromptPair:
             tokenizer: its tokenizer.
             safe: text of the safeguarding prompt.
             adversarial: text of the adversarial prompt.
+            prompt_type: "embedding" or "key_value".
+
+        Raises:
+            ValueError: there is no such type, or the model has no keys and values for prompts of it.
         """
         model = base_model(model)
+        config = PairConfig(**model_facts(model), prompt_type=prompt_type)
         sp, ap = (embed_tokens(model, system_prompt_ids(tokenizer, text)) for text in (safe, adversarial))
-        return cls(sp, ap, PairConfig(**model_facts(model)))
+        if prompt_type == "key_value":
+            sp, ap = (embeddings_to_key_values(model, prompt) for prompt in (sp, ap))
+        return cls(sp, ap, config)
 
     @property
     def digest(self) -> str:
@@ -123,7 +150,8 @@ class PromptPair:
         """Check that the pair fits a model.
 
         Raises:
-            ValueError: if hidden size or vocabulary differ. A differing base model name only warns.
+            ValueError: if a size differs: hidden size or vocabulary, or layers, heads and head size of key-value
+                prompts. A differing base model name only warns.
         """
         check_fit(self.config, model)
 
@@ -176,7 +204,7 @@ class PromptPair:
         if not (folder / CONFIG_NAME).is_file():
             raise OSError(f"{pretrained_model_name_or_path} holds no prompt pair: {CONFIG_NAME} is missing.")
         config = PairConfig.from_json_file(folder / CONFIG_NAME)
-        safeguarding, adversarial = (load_adapter(folder / stream) for stream in STREAMS)
+        safeguarding, adversarial = (load_adapter(folder / stream, config.prompt_type) for stream in STREAMS)
         return cls(safeguarding, adversarial, config)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -199,7 +227,7 @@ class PromptPair:
         try:
             for stream in STREAMS:
                 save_adapter(temporary / stream, getattr(self, stream), config.base_model_name_or_path)
-            text = json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(config.as_json(), indent=2, ensure_ascii=False) + "\n"
             (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
             (temporary / CARD_NAME).write_text(generate_card(self), encoding="utf-8")
             (target / CONFIG_NAME).unlink(missing_ok=True)
