@@ -145,6 +145,14 @@ def build_pair(n_s=7, n_a=4, seed=1, scale=2.0, hidden=HIDDEN, **config):
     return PromptPair(*prompts, PairConfig(**config))
 
 
+def build_key_value_pair(n_s=7, n_a=4, seed=1, scale=2.0, sizes=(3, 2, 8), **config):
+    """Random key-value prompts, for the layers, key-value heads and head size of `_DECODER`."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, heads, size = sizes
+    prompts = [(torch.randn(n, layers, 2, heads, size, generator=generator) * scale).to(DEVICE) for n in (n_s, n_a)]
+    return PromptPair(*prompts, PairConfig(prompt_type="key_value", **config))
+
+
 def build_batch(lengths=(11, 7, 10), seed=3):
     """Left-padded random prompts: `input_ids` and `attention_mask`, `[len(lengths), max(lengths)]`."""
     generator = torch.Generator().manual_seed(seed)

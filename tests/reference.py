@@ -7,7 +7,7 @@ Everything fast in this project is tested against these few lines. They run insi
 import math
 
 import torch
-from transformers import LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor
 
 
 class ReferenceProcessor(LogitsProcessor):
@@ -53,6 +53,8 @@ class ReferenceProcessor(LogitsProcessor):
 
 def shared_logits(model, soft, ids, prompt_length):
     """Logits `[len(ids), vocab]` behind every token of [soft; ids], the prompt's last one and later seeing soft."""
+    if soft.ndim == 5:
+        return key_value_logits(model, soft, ids, prompt_length)
     n, length = len(soft), len(soft) + len(ids)
     sees = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     sees[n : n + prompt_length - 1, :n] = False
@@ -61,6 +63,21 @@ def shared_logits(model, soft, ids, prompt_length):
     embeds = torch.cat([soft, model.get_input_embeddings()(ids)])[None]
     positions = torch.arange(-n, len(ids), device=ids.device)[None]
     return model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits[0, n:]
+
+
+def key_value_logits(model, soft, ids, prompt_length, start=0):
+    """The same for keys and values `[n, layers, 2, heads, head_dim]`; ids have the positions from `start` on."""
+    n, length = len(soft), len(ids)
+    sees = torch.ones(length, n + length, dtype=torch.bool, device=ids.device).tril(n)
+    sees[: prompt_length - 1, :n] = False
+    mask = torch.zeros(sees.shape, dtype=model.dtype, device=ids.device)
+    mask = mask.masked_fill(~sees, torch.finfo(model.dtype).min)[None, None]
+    cache = DynamicCache()
+    for index in range(soft.shape[1]):
+        keys, values = soft[:, index].to(model.dtype).permute(1, 2, 0, 3)
+        cache.update(keys[None], values[None], index)
+    positions = torch.arange(start, start + length, device=ids.device)[None]
+    return model(input_ids=ids[None], past_key_values=cache, attention_mask=mask, position_ids=positions).logits[0]
 
 
 class SharedReference(ReferenceProcessor):

@@ -4,15 +4,38 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 from transformers.utils import logging
 
-from acd_logits import ACDLogitsProcessor
-from conftest import DEVICE, assert_same, build_batch, build_model, build_pair
+from acd_logits import ACDLogitsProcessor, PromptPair
+from acd_logits.pairs.key_values import embeddings_to_key_values, key_value_sizes
+from conftest import (
+    _DECODER,
+    ARCHITECTURES,
+    DEVICE,
+    assert_same,
+    build_batch,
+    build_key_value_pair,
+    build_model,
+    build_pair,
+)
 from reference import SharedReference
 
 ALPHA = 0.7
 ROTARY = ["llama", "qwen3", "mixtral", "phi3"]
 NEW = 6
+BUILD = {"embedding": build_pair, "key_value": build_key_value_pair}
+
+
+@pytest.fixture(params=BUILD)
+def build(request):
+    """Makes a pair of either kind."""
+    return BUILD[request.param]
+
+
+@pytest.fixture
+def pair(build):
+    return build()
 
 
 def generate(model, inputs, processor, **kwargs):
@@ -35,16 +58,16 @@ def both(model, pair, inputs, beta=0.0, horizon=None, alpha=ALPHA, **kwargs):
 
 
 @pytest.mark.parametrize("name", ROTARY)
-@pytest.mark.parametrize("lengths", [(9,), (11, 7, 10), (5, 1)])
-def test_shared_is_the_masked_reference(name, lengths):
-    both(build_model(name), build_pair(), build_batch(lengths))
+@pytest.mark.parametrize("lengths", [(9,), (11, 7, 10), (5, 1), (1,)])
+def test_shared_is_the_masked_reference(name, lengths, pair):
+    both(build_model(name), pair, build_batch(lengths))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_either_attention(attention):
+def test_either_attention(attention, pair):
     model = build_model()
     model.set_attn_implementation(attention)
-    both(model, build_pair(), build_batch())
+    both(model, pair, build_batch())
 
 
 @pytest.mark.parametrize(
@@ -84,9 +107,9 @@ def test_a_prompt_of_embeddings(model, pair):
     assert torch.equal(generate(model, {**inputs, "inputs_embeds": embeds}, acd).sequences, expected)
 
 
-def test_prompts_of_any_length(model):
+def test_prompts_of_any_length(model, build):
     for n_s, n_a in ((0, 4), (4, 0), (1, 9)):
-        both(model, build_pair(n_s=n_s, n_a=n_a), build_batch())
+        both(model, build(n_s=n_s, n_a=n_a), build_batch())
 
 
 def test_a_second_turn_goes_on(model, pair):
@@ -116,8 +139,8 @@ def test_past_the_horizon_one_stream_is_left(model, pair):
     assert cache.layers[0].keys.shape[-2] == 19 + 7 + 5
 
 
-def test_the_prompt_runs_once_without_a_soft_prompt(model, pair, monkeypatch):
-    acd = ACDLogitsProcessor(model, pair, share_instruction_kv=True, frozen_model=True)
+def test_the_prompt_runs_once_without_a_soft_prompt(model):
+    acd = ACDLogitsProcessor(model, build_pair(), share_instruction_kv=True, frozen_model=True)
     sizes = []
     model.model.register_forward_hook(lambda _, __, out: sizes.append(tuple(out.last_hidden_state.shape[:2])))
     generate(model, build_batch((11, 7)), acd, max_new_tokens=3)
@@ -136,7 +159,8 @@ def test_hidden_states_and_attentions_are_of_what_was_contrasted(pair):
     assert [a[-1].shape[-2:] for a in out.attentions] == [(1, 9 + i) for i in range(NEW)]
 
 
-def test_it_differs_from_not_sharing(model, pair):
+def test_it_differs_from_not_sharing(model):
+    pair = build_pair()
     shared, exact = (
         generate(model, build_batch(), ACDLogitsProcessor(model, pair, share_instruction_kv=share))
         for share in (True, False)
@@ -167,13 +191,91 @@ class TestRefusals:
         with pytest.raises(ValueError, match="a shared instruction cannot be cropped"):
             cache.crop(-20)
 
-    def test_the_cache_of_the_other_way(self, model, pair):
-        inputs = build_batch((9,))
+    def test_the_cache_of_the_other_way(self, model):
+        pair, inputs = build_pair(), build_batch((9,))
         acd = ACDLogitsProcessor(model, pair, share_instruction_kv=True)
         first = generate(model, inputs, acd)
         other = ACDLogitsProcessor(model, pair)
         with pytest.raises(ValueError, match="filled under another share_instruction_kv"):
             generate(model, {"input_ids": first.sequences}, other, past_key_values=first.past_key_values)
+
+
+class TestKeyValuePrompts:
+    def test_no_forward_computes_them(self, model):
+        acd = ACDLogitsProcessor(model, build_key_value_pair())
+        sizes = []
+        model.model.register_forward_hook(lambda _, __, out: sizes.append(tuple(out.last_hidden_state.shape[:2])))
+        generate(model, build_batch((11, 7)), acd, max_new_tokens=3)
+        assert sizes == [(2, 10), (2, 2), (2, 2), (2, 2)]
+
+    @pytest.mark.parametrize("name", ROTARY)
+    def test_those_of_an_embedding_pair_decode_as_it_does(self, name):
+        model, pair = build_model(name), build_pair(share_instruction_kv=True)
+        expected = generate(model, build_batch(), ACDLogitsProcessor(model, pair))
+        made = (embeddings_to_key_values(model, prompt) for prompt in (pair.safeguarding, pair.adversarial))
+        assert_same(generate(model, build_batch(), ACDLogitsProcessor(model, PromptPair(*made))), expected)
+
+    @pytest.mark.parametrize("lengths", [(11, 7, 10), (1,)])
+    def test_they_take_the_dtype_of_the_models_keys(self, lengths):
+        model, inputs = build_model().to(torch.bfloat16), build_batch(lengths)
+        pair = build_key_value_pair()
+        half = PromptPair(pair.safeguarding.bfloat16(), pair.adversarial.bfloat16())
+        mixed = PromptPair(pair.safeguarding.bfloat16(), pair.adversarial)
+        expected = generate(model, inputs, ACDLogitsProcessor(model, half))
+        for other in (pair, mixed):
+            out = generate(model, inputs, ACDLogitsProcessor(model, other))
+            assert_same(out, expected)
+        assert {layer.keys.dtype for layer in out.past_key_values.layers} == {torch.bfloat16}
+
+    def test_a_promise_about_the_model_changes_nothing(self, model):
+        pair, inputs = build_key_value_pair(), build_batch()
+        results = [generate(model, inputs, ACDLogitsProcessor(model, pair, frozen_model=f)) for f in (True, False)]
+        assert_same(*results)
+
+    def test_decoding_them_without_a_shared_instruction(self, model):
+        with pytest.raises(ValueError, match="key-value prompts are decoded with a shared instruction: leave out"):
+            ACDLogitsProcessor(model, build_key_value_pair(), share_instruction_kv=False)
+
+    @pytest.mark.parametrize("name", ["gpt2", "bloom", "falcon_alibi", "mistral_sliding", "gemma3", "mamba2", "bamba"])
+    def test_architectures_without_plain_keys(self, name, tokenizer):
+        model, message = build_model(name), "no rotary embeddings over full attention, .*: use embedding prompts"
+        sizes = key_value_sizes(model.config) or {"num_layers": 3, "num_key_value_heads": 2, "head_dim": 8}
+        with pytest.raises(ValueError, match=message):
+            ACDLogitsProcessor(model, build_key_value_pair(sizes=tuple(sizes.values())))
+        with pytest.raises(ValueError, match=message):
+            PromptPair.from_text(model, tokenizer, "w5", "w6", prompt_type="key_value")
+
+    def test_compressed_keys(self, tokenizer):
+        latent = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+        config = DeepseekV3Config(**_DECODER, **latent, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1)
+        model = AutoModelForCausalLM.from_config(config)
+        for make in (
+            lambda: ACDLogitsProcessor(model, build_key_value_pair()),
+            lambda: PromptPair.from_text(model, tokenizer, "w5", "w6", prompt_type="key_value"),
+        ):
+            with pytest.raises(
+                ValueError, match="no keys and values of one size in every layer, which key-value prompts need"
+            ):
+                make()
+
+    def test_texts_with_other_frequencies(self):
+        config = copy.deepcopy(ARCHITECTURES["llama"])
+        config.max_position_embeddings = 12
+        config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        model = AutoModelForCausalLM.from_config(config).eval()
+        acd = ACDLogitsProcessor(model, build_key_value_pair())
+        generate(model, build_batch((6,)), acd)
+        with pytest.raises(
+            ValueError, match=r"beyond 12 tokens .* frequencies: let prompt and new tokens fit into 12"
+        ):
+            generate(model, build_batch((7,)), acd)
+
+    def test_the_cache_of_an_embedding_pair(self, model):
+        inputs = build_batch((9,))
+        first = generate(model, inputs, ACDLogitsProcessor(model, build_pair(), share_instruction_kv=True))
+        acd = ACDLogitsProcessor(model, build_key_value_pair())
+        with pytest.raises(ValueError, match="filled under another model or prompt pair"):
+            generate(model, {"input_ids": first.sequences}, acd, past_key_values=first.past_key_values)
 
 
 @pytest.mark.parametrize("trained", [True, False])

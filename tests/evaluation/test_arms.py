@@ -7,8 +7,8 @@ from acd_logits import PromptPair
 from acd_logits.decoding.shared import SharedStreams
 from acd_logits.evaluation.arms import ARMS, arm_pair, arm_processor, check_arms, demonstrate, find_arm, remind
 from acd_logits.pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
-from conftest import build_batch, build_model, build_pair, build_tokenizer
-from reference import ReferenceProcessor
+from conftest import build_batch, build_key_value_pair, build_model, build_pair, build_tokenizer
+from reference import ReferenceProcessor, SharedReference
 
 
 @pytest.fixture
@@ -61,6 +61,37 @@ def test_a_shared_instruction_is_for_learned_prompts(model, tokenizer):
         for name, arm in ARMS.items():
             acd = arm_processor(arm, model, tokenizer, pair, share_instruction_kv=asked)
             assert isinstance(acd.streams, SharedStreams) == arm.needs_pair, name
+
+
+def test_arms_of_key_value_prompts(model, tokenizer):
+    """The texts beside a learned prompt become key-value prompts too; those alone stay what they are."""
+    pair = build_key_value_pair(alpha=0.4)
+    texts = PromptPair.from_text(model, tokenizer, prompt_type="key_value")
+    prompts = {
+        "sp": pair.safeguarding,
+        "ap": pair.adversarial,
+        "safe": texts.safeguarding,
+        "opposite": texts.adversarial,
+        "null": torch.zeros(0, 3, 2, 2, 8),
+    }
+    for name, arm in ARMS.items():
+        streams, alpha = arm_pair(arm, model, tokenizer, pair)
+        assert alpha == (0.4 if arm.negative else 0.0)
+        assert streams.config.share_instruction_kv == arm.needs_pair, name
+        if arm.needs_pair:
+            assert torch.equal(streams.safeguarding, prompts[arm.positive]), name
+            assert torch.equal(streams.adversarial, prompts[arm.negative or arm.positive]), name
+        else:
+            assert streams.config.prompt_type == "embedding"
+
+
+@pytest.mark.parametrize("name", ["sp", "ap", "acd", "null-ap", "sp-opposite"])
+def test_an_arm_of_key_value_prompts_decodes_like_the_reference(model, tokenizer, name):
+    pair, batch = build_key_value_pair(), build_batch()
+    streams, alpha = arm_pair(ARMS[name], model, tokenizer, pair, 0.6)
+    acd = arm_processor(ARMS[name], model, tokenizer, pair, alpha=0.6, beta=0.1)
+    reference = SharedReference(build_model(), streams, alpha, 0.1, mask=batch["attention_mask"])
+    assert generate(model, acd, batch).tolist() == generate(build_model(), reference, batch).tolist()
 
 
 def test_alpha_and_beta_come_from_the_pair_unless_given(model, tokenizer):

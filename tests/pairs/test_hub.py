@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from acd_logits import PromptPair, cli
-from conftest import PAIR_FILES, VOCAB, build_batch, build_model, build_pair
+from conftest import PAIR_FILES, VOCAB, build_batch, build_key_value_pair, build_model, build_pair
 from hub_server import Hub
 
 
@@ -122,6 +122,16 @@ def test_a_pushed_pair_comes_back_bit_by_bit(client, hub, folder, tmp_path):
     weights = (folder / "adversarial" / "adapter_model.safetensors").read_bytes()
     assert repo.files("main")["adversarial/adapter_model.safetensors"] == weights
     assert hub.asked("PUT /lfs/")
+
+
+def test_a_pushed_key_value_pair_comes_back_bit_by_bit(client, hub, tmp_path):
+    folder = save(build_key_value_pair(base_model_name_or_path="org/tiny", hidden_size=32), tmp_path / "pair")
+    client(push, folder)
+    expected = contents(PromptPair.from_pretrained(folder))
+    assert expected[0].prompt_type == "key_value"
+    assert client(load, cache_dir=tmp_path / "cache") == expected
+    assert sorted(hub.repos["org/pair"].files("main")) == [".gitattributes", *PAIR_FILES]
+    assert b"Two key-value prompts" in hub.repos["org/pair"].files("main")["README.md"]
 
 
 def test_a_branch_is_made_and_leaves_main_alone(client, hub, folder, tmp_path):

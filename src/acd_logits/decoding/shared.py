@@ -113,10 +113,15 @@ class SharedCache(PairedCache):
         """
         limit = self.streams.long_from
         if limit is not None and max_length > limit:
+            what, cure = (
+                "share_instruction_kv computes the soft prompts' keys apart from the text",
+                "leave it out, or ",
+            )
+            if self.streams.key_value:
+                what, cure = "key-value prompts keep their keys whatever the text", ""
             raise ValueError(
-                f"share_instruction_kv computes the soft prompts' keys apart from the text, and beyond {limit} tokens "
-                f"{type(self.streams.model).__name__} has other rotary frequencies: leave it out, or let prompt and "
-                f"new tokens fit into {limit} tokens."
+                f"{what}, and beyond {limit} tokens {type(self.streams.model).__name__} has other rotary frequencies: "
+                f"{cure}let prompt and new tokens fit into {limit} tokens."
             )
         # With use_cache=False every forward needs them
         self._prompts: list[KeyValues | None] | None = None

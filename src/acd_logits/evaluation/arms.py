@@ -137,7 +137,9 @@ def arm_pair(
     from ..pairs.prompt_pair import PromptPair
 
     streams = arm.positive, arm.negative or arm.positive
-    texts = PromptPair.from_text(model, tokenizer, *(TEXTS.get(name, "") for name in streams))
+    safe, adversarial = (TEXTS.get(name, "") for name in streams)
+    prompt_type = pair.config.prompt_type if pair is not None and arm.needs_pair else "embedding"
+    texts = PromptPair.from_text(model, tokenizer, safe, adversarial, prompt_type)
     positive, negative = (
         getattr(pair, LEARNED[name]) if name in LEARNED else text
         for name, text in zip(streams, (texts.safeguarding, texts.adversarial), strict=True)

@@ -4,6 +4,7 @@ prompt_pair.py   the pair
 config.py        what `acd_config.json` says about it
 adapters.py      one soft prompt as a stock peft adapter
 fit.py           whether a pair fits a model
+key_values.py    keys and values of soft prompts
 hub.py           download and upload
 model_card.py    the README.md of a saved pair, from `model_card.md`
 texts.py         the two manual system prompts

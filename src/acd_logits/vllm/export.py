@@ -60,6 +60,8 @@ def export(
     target = Path(output_dir)
     if target.exists():
         raise ValueError(f"{target} exists: choose a new folder.")
+    if pair is not None and pair.config.prompt_type != "embedding":
+        raise ValueError("vLLM serves embedding prompts so far: export a pair of those, or decode with transformers.")
     base = _base_folder(model_name_or_path)
     config = _checked_config(base)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
