@@ -37,8 +37,9 @@ def anchor_examples(tokenizer, number=10, held_out=3):
 
 
 def build_options(**options):
-    """The paper's loss: cross entropy, no weights; and two epochs for both prompts."""
-    paper = {"retain": "ce", "ln_weight": 1.0, "lr_weight": 1.0, "adversarial_epochs": 2.0}
+    """The paper's prompts and losses: embeddings, eq. 3 and 4, cross entropy, no weights."""
+    paper = {"prompt_type": "embedding", "retain": "ce", "ln_weight": 1.0, "lr_weight": 1.0}
+    paper |= {"contrast_weight": 0.0, "first_token_weight": 0.0}
     texts = {f"{name}_prompt_file": str(FOLDER / f"{name}.txt") for name in ("safe", "opposite")}
     return OPOArguments(train_file="unused", model_name_or_path="some/model", **{**paper, **texts, **options})
 
@@ -51,9 +52,9 @@ def build_arguments(folder, **arguments):
     return OPOTrainingArguments(output_dir=str(folder), **{**defaults, **quiet, **arguments})
 
 
-def history(folder, stream="safeguarding"):
-    """The log of one stream's run."""
-    return json.loads(Path(folder, f"{stream}-run", "log_history.json").read_text())
+def history(folder):
+    """The log of a run."""
+    return json.loads(Path(folder, "run", "log_history.json").read_text())
 
 
 def assert_same_pair(got, expected, **tolerance):

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config
 
 from acd_logits import PromptPair
 from acd_logits.cli import main
-from acd_logits.training import TERMS, OPOTrainer
+from acd_logits.training import OPOTrainer, OPOTrainingArguments
+from acd_logits.training.trainer import NAMES
 from conftest import VOCAB, build_model
 from tiny_training import CHAT_TEMPLATE, anchor_rows, assert_same_pair, history
 
@@ -50,7 +51,7 @@ def command(model_folder, tmp_path):
         *("--safe_prompt_file", str(model_folder / "safe.txt"), "--output_dir", str(tmp_path / "pair")),
         *("--opposite_prompt_file", str(model_folder / "opposite.txt"), "--held_out_fraction", "0.2"),
         *("--num_train_epochs", "2", "--learning_rate", "0.1", "--logging_steps", "1", "--use_cpu"),
-        *("--per_device_train_batch_size", "8", "--warmup_steps", "0", "--adversarial_epochs", "2"),
+        *("--per_device_train_batch_size", "8", "--warmup_steps", "0", "--prompt_type", "embedding"),
         *("--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"),
     ]
 
@@ -65,7 +66,7 @@ compute_loss = training.OPOTrainer.compute_loss
 
 def killing(self, *args, **kwargs):
     global steps
-    steps += self.stream == "adversarial"
+    steps += 1
     if steps > 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return compute_loss(self, *args, **kwargs)
@@ -76,42 +77,43 @@ main(["train", *sys.argv[1:]])
 
 
 def test_a_killed_run_goes_on_where_it_was(command, model_folder, tmp_path, monkeypatch, capsys):
-    """Killed in the second epoch of AP: SP is finished, AP has the checkpoint of its first epoch."""
+    """Killed in the second epoch: there is the checkpoint of the first."""
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *command], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = tmp_path / "pair"
     assert not (folder / "acd_config.json").exists()
-    assert (folder / "adversarial-run" / "checkpoint-3").is_dir()
+    assert (folder / "run" / "checkpoint-3").is_dir()
     # A checkpoint that was cut short does not count
-    (folder / "adversarial-run" / "checkpoint-6").mkdir()
-    (folder / "adversarial-run" / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 2.0, "glo')
+    (folder / "run" / "checkpoint-6").mkdir()
+    (folder / "run" / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 2.0, "glo')
 
-    streams = []
+    runs = []
     train = OPOTrainer.train
-    monkeypatch.setattr(OPOTrainer, "train", lambda self, **k: (streams.append((self.stream, k)), train(self, **k)))
+    monkeypatch.setattr(OPOTrainer, "train", lambda self, **k: (runs.append(k), train(self, **k)))
     assert main(["train", *command]) == 0, capsys.readouterr().err
-    assert streams == [("adversarial", {"resume_from_checkpoint": str(folder / "adversarial-run" / "checkpoint-3")})]
+    assert runs == [{"resume_from_checkpoint": str(folder / "run" / "checkpoint-3")}]
     assert main(["train", *command, "--output_dir", str(tmp_path / "whole")]) == 0
     assert_same_pair(PromptPair.from_pretrained(folder), PromptPair.from_pretrained(tmp_path / "whole"))
     resumed, whole = (
-        [line["eval_loss"] for line in history(f, "adversarial") if "eval_loss" in line]
-        for f in (folder, tmp_path / "whole")
+        [line["eval_loss"] for line in history(f) if "eval_loss" in line] for f in (folder, tmp_path / "whole")
     )
     assert resumed == pytest.approx(whole, rel=1e-6)
 
     # And once more: nothing is left to do
-    streams.clear()
+    runs.clear()
     assert main(["train", *command]) == 0
-    assert streams == []
+    assert runs == []
 
 
-def test_two_processes_give_what_one_gives(command, tmp_path):
+@pytest.mark.parametrize("prompt_type", ["embedding", "key_value"])
+def test_two_processes_give_what_one_gives(command, tmp_path, prompt_type):
     """On the same data order: 24 training examples, two processes of 5 against one of 10, and a short last batch."""
     # With --cpu instead of --multi_gpu, accelerate 1.15 starts a single process
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--prompt_type", prompt_type, "--num_virtual_tokens", "5"]
     two = [*command, "--retain", "kl", "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "5"]
     two += ["--ddp_timeout", "60"]
     finished = subprocess.run(
@@ -128,20 +130,20 @@ def test_two_processes_give_what_one_gives(command, tmp_path):
     assert main(["train", *one]) == 0
     pairs = [PromptPair.from_pretrained(tmp_path / name) for name in ("one", "two")]
     assert_same_pair(*pairs, rtol=1e-4, atol=1e-4)
-    for stream in ("safeguarding", "adversarial"):
-        logs = [history(tmp_path / name, stream) for name in ("one", "two")]
-        for keys in (["loss", *TERMS], ["eval_loss", *(f"eval_{term}" for term in TERMS)]):
-            first, second = ([[line.get(k) for k in keys] for line in log if keys[0] in line] for log in logs)
-            assert len(first) == len(second) > 0
-            for line, other in zip(first, second, strict=True):
-                assert line == pytest.approx(other, rel=1e-3)
+    logs = [history(tmp_path / name) for name in ("one", "two")]
+    for keys in (["loss", *NAMES], ["eval_loss", *(f"eval_{name}" for name in NAMES)]):
+        first, second = ([[line.get(k) for k in keys] for line in log if keys[0] in line] for log in logs)
+        assert len(first) == len(second) > 0
+        for line, other in zip(first, second, strict=True):
+            assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_the_command_trains_a_pair(command, tmp_path, capsys):
     assert main(["train", *command]) == 0
     out = capsys.readouterr().out
-    for stream in ("safeguarding", "adversarial"):
-        assert re.search(rf"^{stream}, held out, before -> after \d epochs: L_p [\d.]+ -> [\d.]+, L_n", out, re.M)
+    assert re.search(r"^held out, before -> after \d epochs:$", out, re.M)
+    for stream in ("SP", "AP", "ACD"):
+        assert re.search(rf"^{stream} +L_p [\d.]+ -> [\d.]+, L_n [\d.]+ -> [\d.]+, L_r", out, re.M)
     assert out.endswith(f"{tmp_path / 'pair'}: 5 and 5 virtual tokens\n")  # the shorter text has 5
     pair = PromptPair.from_pretrained(tmp_path / "pair")
     assert pair.config.chat_template_sha256
@@ -172,8 +174,7 @@ def test_a_bfloat16_model_logged_to_tensorboard(command, tmp_path):
     assert pair.safeguarding.dtype == torch.float32
     assert not torch.equal(pair.safeguarding, pair.safeguarding.bfloat16().float())
     assert (pair.config.training["dtype"], pair.config.chat_template_sha256) == ("bfloat16", None)
-    for stream in ("safeguarding", "adversarial"):
-        assert list((tmp_path / "pair" / f"{stream}-run" / "runs").glob("*/events.out.tfevents.*"))
+    assert list((tmp_path / "pair" / "run" / "runs").glob("*/events.out.tfevents.*"))
 
 
 @pytest.fixture
@@ -231,6 +232,7 @@ def test_prompts_must_fit_into_the_context(complaint):
         (["--ln_weight", "-1"], "--ln_weight must be finite and at least 0, not -1.0"),
         (["--held_out_fraction", "1"], "--held_out_fraction must be at least 0 and below 1"),
         (["--num_virtual_tokens", "0"], "--num_virtual_tokens must be at least 1"),
+        (["--alpha", "1"], "--alpha must be at least 0 and below 1"),
         (["--retain", "mse"], "invalid choice: 'mse'"),
         (["--resume_from_checkpoint", "some/where"], "leave out --resume_from_checkpoint"),
         (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
@@ -240,6 +242,12 @@ def test_prompts_must_fit_into_the_context(complaint):
 )
 def test_bad_arguments_get_one_line(complaint, arguments, message):
     assert message in complaint(*arguments)
+
+
+def test_a_shared_instruction_excludes_checkpointing(complaint):
+    new_name = hasattr(OPOTrainingArguments, "activation_checkpointing")
+    flag = "--activation_checkpointing" if new_name else "--gradient_checkpointing"
+    assert "or train with --prompt_type embedding" in complaint(flag, "--prompt_type", "key_value")
 
 
 def test_a_folder_belongs_to_one_run(complaint, command, tmp_path):

@@ -52,8 +52,24 @@ def test_what_refusal_and_answer_begin_with_is_not_avoided(tokenizer):
 def test_long_responses_are_cut_off(tokenizer):
     (example,) = encode_anchors(anchor_rows(1)[:1], tokenizer, False, 2)
     prompt = f"{HARMFUL} w30"
-    parts = {"input_ids": tokenizer(prompt)["input_ids"], "response": [50, 51], "opening": 0, "split": 0}
-    assert example == parts | {"instruction": prompt, "kind": "harmful", "mirror": "0"}
+    parts = {"input_ids": tokenizer(prompt)["input_ids"], "response": [50, 51], "opening": 0, "avoid_until": 2}
+    assert example == parts | {"split": 0, "instruction": prompt, "kind": "harmful", "mirror": "0"}
+
+
+def test_refusals_are_followed_to_their_end_and_avoided_at_their_start(tokenizer):
+    rows = anchor_rows(1)[:2]
+    refusal, answer = encode_anchors(rows, tokenizer, False, 2, 48)
+    assert refusal["response"] == [50, 51, 52, tokenizer.eos_token_id]
+    assert answer["response"] == [60, 61]
+    assert collate([refusal])["avoided"].tolist() == [[50, 51, IGNORED, IGNORED]]
+
+
+def test_earlier_turns_and_what_has_begun_are_a_part_of_the_prompt(tokenizer):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    turns = {"history": ["w5", "w6"], "begun": "w8 w9"}
+    prompt, response = encode_example(tokenizer, "w7", "w10", chat=True, finished=True, **turns)
+    assert (prompt, response) == ([90, 5, 2, 91, 6, 2, 90, 7, 2, 91, 8, 9], [10, 2])
+    assert encode_example(tokenizer, "w7", "w10", chat=False, finished=False, **turns)[0] == [5, 6, 7, 8, 9]
 
 
 @pytest.mark.real_model

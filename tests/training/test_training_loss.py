@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acd_logits.anchors import SPLITS
-from acd_logits.training import opo_loss
+from acd_logits.training import joint_loss, opo_loss
 from acd_logits.training.data import IGNORED
 from acd_logits.training.loss import count_tokens
 
@@ -48,11 +48,35 @@ def test_loss_is_equations_3_and_4(stream, retain):
     expected = by_hand(logits, labels, splits, stream, given)
     expected[:, 1] = by_hand(logits, avoided, splits, stream, given)[:, 1]
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
-    follow, avoid = (0, 1) if stream == "safeguarding" else (1, 0)
-    tokens = count_tokens(labels, avoided, splits, stream)
-    assert tokens[:, 0].tolist() == [int((labels[i] != IGNORED).sum()) * (splits[i] == follow) for i in range(6)]
-    assert tokens[:, 1].tolist() == [int((avoided[i] != IGNORED).sum()) * (splits[i] == avoid) for i in range(6)]
-    assert tokens[:, 2].tolist() == [0, 0, 4, 1, 0, 0]
+
+
+def test_the_joint_loss_is_that_of_both_streams_and_of_their_contrast():
+    torch.manual_seed(0)
+    safe, adversarial, plain = torch.randn(3, 6, 4, 11) * 3
+    splits = torch.tensor([0, 1, 2, 2, 0, 1])
+    labels = torch.randint(0, 11, (6, 4))
+    labels[0, 2:] = labels[3, 1:] = labels[5, :] = IGNORED
+    avoided = labels.clone()
+    avoided[0, :1] = avoided[1, :2] = IGNORED  # the refusal and the answer begin alike there
+    sums = joint_loss(safe, adversarial, labels, avoided, splits, 0.4, plain[splits == 2])
+    streams = [
+        (safe, "safeguarding"),
+        (adversarial, "adversarial"),
+        ((safe - 0.4 * adversarial) / 0.6, "safeguarding"),
+    ]
+    for i, (logits, stream) in enumerate(streams):
+        expected = by_hand(logits, labels, splits, stream, plain)
+        expected[:, 1] = by_hand(logits, avoided, splits, stream, plain)[:, 1]
+        torch.testing.assert_close(sums[:, i].double(), expected, rtol=1e-5, atol=1e-5)
+    tokens = count_tokens(labels, avoided, splits)
+    for i, (follow, avoid) in enumerate([(0, 1), (1, 0), (0, 1)]):
+        assert tokens[:, i, 0].tolist() == [
+            int((labels[k] != IGNORED).sum()) * (splits[k] == follow) for k in range(6)
+        ]
+        assert tokens[:, i, 1].tolist() == [
+            int((avoided[k] != IGNORED).sum()) * (splits[k] == avoid) for k in range(6)
+        ]
+        assert tokens[:, i, 2].tolist() == [0, 0, 4, 1, 0, 0]
 
 
 def test_unlikelihood_is_exact_where_p_rounds_to_one():

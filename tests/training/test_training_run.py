@@ -8,7 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from acd_logits import ACDLogitsProcessor, PromptPair, training
-from acd_logits.training import TERMS, OPOModel, OPOTrainer, Run, collate, encode_anchors, initial_prompts, train_pair
+from acd_logits.decoding.contrast import contrast
+from acd_logits.training import OPOModel, OPOTrainer, Run, collate, encode_anchors, initial_prompts, train_pair
+from acd_logits.training.trainer import NAMES
 from conftest import VOCAB, build_model, build_pair
 from tiny_training import (
     HARMFUL,
@@ -49,7 +51,7 @@ def trained(tmp_path_factory):
 
     tokenizer = fixture.__wrapped__()
     folder = tmp_path_factory.mktemp("run") / "pair"
-    options = build_options(retain="kl", alpha=0.4, beta=0.2, adversarial_epochs=20.0)
+    options = build_options(retain="kl", alpha=0.4, beta=0.2)
     arguments = build_arguments(folder, num_train_epochs=20, learning_rate=0.03)
     model = undecided_model(tokenizer)
     weights = copy.deepcopy(model.state_dict())
@@ -58,16 +60,16 @@ def trained(tmp_path_factory):
     return folder, pair, model, tokenizer
 
 
-@pytest.mark.parametrize("stream", ["safeguarding", "adversarial"])
-def test_a_run_lowers_every_term_on_held_out_instructions(trained, stream):
-    log = history(trained[0], stream)
+def test_a_run_lowers_every_term_on_held_out_instructions(trained):
+    log = history(trained[0])
     evaluations = [line for line in log if "eval_loss" in line]
     assert len(evaluations) == 1 + 20  # before the first step, and after each epoch
-    for term in TERMS:
-        values = [line[f"eval_{term}"] for line in evaluations]
-        assert values[-1] < values[0], term
-        assert [line[term] for line in log if term in line]
-    weighted = sum(evaluations[2][f"eval_{term}"] for term in TERMS)
+    assert [name for name in NAMES if not any(name in line for line in log)] == []
+    terms = [name for name in NAMES if name.startswith(("SP", "AP")) and not name.endswith("_first")]
+    for name in terms:
+        values = [line[f"eval_{name}"] for line in evaluations]
+        assert values[-1] < values[0], name
+    weighted = sum(evaluations[2][f"eval_{term}"] for term in terms)
     assert evaluations[2]["eval_loss"] == pytest.approx(weighted, rel=1e-5)
 
 
@@ -96,7 +98,7 @@ def test_the_pair_is_saved_with_what_made_it(trained):
         "train": {"D_HR": 7, "D_HA": 7, "D_S": 7},
         "held_out": {"D_HR": 3, "D_HA": 3, "D_S": 3},
     }
-    losses = config.training["held_out_loss"]["adversarial"]
+    losses = config.training["held_out_loss"]
     assert losses["kept"]["loss"] < losses["first"]["loss"]
 
     stock = PeftModel.from_pretrained(copy.deepcopy(model), folder, subfolder="safeguarding")
@@ -108,7 +110,7 @@ def test_the_pair_is_saved_with_what_made_it(trained):
 def test_the_best_checkpoint_is_kept(tokenizer, tmp_path):
     """With a learning rate that ruins the prompt, the best of a run is its first checkpoint, not its last."""
     arguments = build_arguments(tmp_path, num_train_epochs=4, learning_rate=0.05, lr_scheduler_type="constant")
-    examples, options = anchor_examples(tokenizer), build_options()
+    examples, options, model = anchor_examples(tokenizer), build_options(), undecided_model(tokenizer)
 
     class Spoil(OPOTrainer):
         def training_step(self, *args, **kwargs):
@@ -118,12 +120,14 @@ def test_the_best_checkpoint_is_kept(tokenizer, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.run, "OPOTrainer", Spoil)
-        pair = train_pair(build_model(), Run(options, arguments, tokenizer, examples))
+        pair = train_pair(model, Run(options, arguments, tokenizer, examples))
     losses = [line["eval_loss"] for line in history(tmp_path) if "eval_loss" in line][1:]
     assert min(losses) == losses[1]
-    saved = load_file(tmp_path / "safeguarding-run" / "checkpoint-6" / "adapter_model.safetensors")
-    assert torch.equal(saved["prompt_embeddings"], pair.safeguarding)
-    assert pair.config.training["held_out_loss"]["safeguarding"]["kept"]["epoch"] == 2
+    saved = load_file(tmp_path / "run" / "checkpoint-6" / "model.safetensors")
+    assert saved.keys() == {"prompts.safeguarding.delta", "prompts.adversarial.delta"}
+    start = initial_prompts(model, tokenizer, options)
+    assert torch.equal(start.safeguarding + saved["prompts.safeguarding.delta"], pair.safeguarding)
+    assert pair.config.training["held_out_loss"]["kept"]["epoch"] == 2
 
 
 def test_without_a_held_out_part(tokenizer, tmp_path):
@@ -135,37 +139,56 @@ def test_without_a_held_out_part(tokenizer, tmp_path):
     assert not any("eval_loss" in line for line in history(tmp_path))
 
 
-def test_the_adversarial_prompt_may_have_epochs_of_its_own(tokenizer, tmp_path):
-    options = build_options(adversarial_epochs=1.0)
-    train_pair(build_model(), Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
-    assert history(tmp_path)[-1]["epoch"] == 2
-    assert history(tmp_path, "adversarial")[-1]["epoch"] == 1
+def test_a_finished_run_is_not_trained_again(tokenizer, tmp_path, monkeypatch):
+    parts = build_options(), build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)
+    pair = train_pair(build_model(), Run(*parts))
+    (tmp_path / "acd_config.json").unlink()
+    monkeypatch.setattr(OPOTrainer, "train", lambda *_, **__: pytest.fail("trains again"))
+    assert_same_pair(train_pair(build_model(), Run(*parts)), pair, rtol=0, atol=0)
+    assert_same_pair(PromptPair.from_pretrained(tmp_path), pair, rtol=0, atol=0)
 
 
-def test_the_adversarial_prompt_may_stay_as_it_starts(tokenizer, tmp_path):
-    options = build_options(adversarial_epochs=0.0)
-    model = build_model()
-    pair = train_pair(model, Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
-    start = initial_prompts(model, tokenizer, options)
-    assert torch.equal(pair.adversarial, start.adversarial)
-    assert not torch.equal(pair.safeguarding, start.safeguarding)
+def test_key_value_prompts_are_trained_for_their_contrast(tokenizer, tmp_path):
+    """Its terms fall on held-out instructions, and the pair is used as it was trained."""
+    model, examples = undecided_model(tokenizer), anchor_examples(tokenizer)
+    options = build_options(prompt_type="key_value", num_virtual_tokens=6, retain="kl", contrast_weight=1.0)
+    arguments = build_arguments(tmp_path, num_train_epochs=12, learning_rate=0.1)
+    train_pair(model, Run(options, arguments, tokenizer, examples))
+    evaluations = [line for line in history(tmp_path) if "eval_loss" in line]
+    for term in ("L_p", "L_n"):
+        assert evaluations[-1][f"eval_ACD_{term}"] < evaluations[0][f"eval_ACD_{term}"]
+    pair = PromptPair.from_pretrained(tmp_path)
+    assert pair.config.prompt_type == "key_value"
+    assert pair.safeguarding.shape == pair.adversarial.shape == (6, 3, 2, 2, 8)
+    stock = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path, subfolder="safeguarding")
+    assert stock.active_peft_config.peft_type.value == "CARTRIDGE"
+    batch = collate(examples.held_out)
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    prompts = {"input_ids": ids[:, : -labels.shape[1]], "attention_mask": mask[:, : -labels.shape[1]]}
+    acd = ACDLogitsProcessor(model, pair, beta=0.0)
+    decode = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    scores = model.generate(**prompts, logits_processor=[acd], **decode).scores[0].log_softmax(-1)
+    for rows, logits in OPOModel(model, pair, share_instruction_kv=True)(ids, mask, labels):
+        safe, adversarial = (logits[name][:, 0] for name in ("safeguarding", "adversarial"))
+        expected = contrast(safe, adversarial, pair.alpha).log_softmax(-1)
+        torch.testing.assert_close(scores[rows], expected, atol=1e-4, rtol=0)
 
 
 def test_a_run_goes_on_from_another_pair(tokenizer, tmp_path):
     build_pair(n_s=5, n_a=3, vocab_size=VOCAB, results={"over_refusal": []}).save_pretrained(tmp_path / "first")
     start = PromptPair.from_pretrained(tmp_path / "first")
-    options = build_options(init_pair=str(tmp_path / "first"), adversarial_epochs=0.0)
+    options = build_options(init_pair=str(tmp_path / "first"))
     arguments = build_arguments(tmp_path / "second", num_train_epochs=1, learning_rate=1e-3)
     pair = train_pair(build_model(), Run(options, arguments, tokenizer, anchor_examples(tokenizer)))
-    assert torch.equal(pair.adversarial, start.adversarial)
-    moved = (pair.safeguarding - start.safeguarding).abs().max()
-    assert 0 < moved < 0.01
+    for name in ("safeguarding", "adversarial"):
+        moved = (getattr(pair, name) - getattr(start, name)).abs().max()
+        assert 0 < moved < 0.01
     assert pair.config.results == {}, "they were measured on the first pair"
     assert pair.config.training["init_pair"] == start.digest
 
     build_pair(n_s=5, n_a=3, seed=2, vocab_size=VOCAB).save_pretrained(tmp_path / "first")
     with pytest.raises(ValueError, match="holds a run with another init_pair"):
-        again = build_options(init_pair=str(tmp_path / "first"), adversarial_epochs=0.0)
+        again = build_options(init_pair=str(tmp_path / "first"))
         train_pair(build_model(), Run(again, arguments, tokenizer, anchor_examples(tokenizer)))
 
 
@@ -176,6 +199,12 @@ def test_a_pair_to_go_on_from_must_fit(tokenizer, tmp_path):
         train_pair(
             build_model(), Run(options, build_arguments(tmp_path / "second"), tokenizer, anchor_examples(tokenizer))
         )
+    build_pair(vocab_size=VOCAB).save_pretrained(tmp_path / "embeddings")
+    options = build_options(init_pair=str(tmp_path / "embeddings"), prompt_type="key_value")
+    with pytest.raises(ValueError, match="holds embedding prompts: add --prompt_type embedding"):
+        train_pair(
+            build_model(), Run(options, build_arguments(tmp_path / "third"), tokenizer, anchor_examples(tokenizer))
+        )
     with pytest.raises(ValueError, match="leave it out with --init_pair"):
         build_options(init_pair="a/pair", num_virtual_tokens=7)
 
@@ -183,21 +212,19 @@ def test_a_pair_to_go_on_from_must_fit(tokenizer, tmp_path):
 def test_a_pair_trained_with_a_shared_instruction_is_used_so(tokenizer, tmp_path):
     """What its loss was computed on is what generate computes."""
     model = build_model()
-    options = build_options(share_instruction_kv=True, adversarial_epochs=0.0)
+    options = build_options(share_instruction_kv=True)
     train_pair(model, Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
     pair = PromptPair.from_pretrained(tmp_path)
     assert pair.config.share_instruction_kv
     assert pair.config.training["share_instruction_kv"]
     batch = collate(anchor_examples(tokenizer).held_out)
-    length = batch["labels"].shape[1]
-    opo = OPOModel.from_prompt(build_model(), pair.safeguarding, share_instruction_kv=True)
-    prompts = {name: batch[name][:, :-length] for name in ("input_ids", "attention_mask")}
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    prompts = {"input_ids": ids[:, : -labels.shape[1]], "attention_mask": mask[:, : -labels.shape[1]]}
     acd = ACDLogitsProcessor(model, pair, alpha=0.0, beta=0.0)
-    options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
-    scores = model.generate(**prompts, logits_processor=[acd], **options).scores[0]
-    torch.testing.assert_close(
-        scores, opo(batch["input_ids"], batch["attention_mask"], length)[:, 0], atol=1e-4, rtol=0
-    )
+    decode = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    scores = model.generate(**prompts, logits_processor=[acd], **decode).scores[0]
+    for rows, logits in OPOModel(build_model(), pair, share_instruction_kv=True)(ids, mask, labels):
+        torch.testing.assert_close(scores[rows], logits["safeguarding"][:, 0], atol=1e-4, rtol=0)
 
 
 def test_a_run_goes_on_within_an_epoch(tokenizer, tmp_path, monkeypatch):

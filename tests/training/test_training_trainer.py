@@ -7,44 +7,54 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from acd_logits.anchors import SPLITS
-from acd_logits.training import TERMS, OPOModel, OPOTrainingArguments, Run, initial_prompts, train_pair, trainer
+from acd_logits.training import OPOModel, OPOTrainingArguments, Run, initial_prompts, train_pair, trainer
+from acd_logits.training.trainer import NAMES
 from conftest import VOCAB, build_model
 from tiny_training import anchor_examples, assert_same_pair, build_arguments, build_options, history
 
+JOINT = {"contrast_weight": 0.5, "first_token_weight": 2.0}
 
-@pytest.mark.parametrize("retain", ["ce", "kl", "answer"])
-def test_micro_batches_change_nothing(tokenizer, tmp_path, retain):
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"retain": "ce"},
+        {"retain": "kl", **JOINT},
+        {"retain": "answer", "prompt_type": "key_value", "num_virtual_tokens": 6, **JOINT},
+    ],
+    ids=["the paper's", "joint", "key-value"],
+)
+def test_micro_batches_change_nothing(tokenizer, tmp_path, options):
     """Eight at once, or twice four; 21 examples, so that an epoch's last step is short."""
     examples = anchor_examples(tokenizer)
     results = []
     for size in (8, 4):
         folder, steps = tmp_path / str(size), 8 // size
         arguments = build_arguments(folder, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
-        results.append(train_pair(build_model(), Run(build_options(retain=retain), arguments, tokenizer, examples)))
+        results.append(train_pair(build_model(), Run(build_options(**options), arguments, tokenizer, examples)))
     assert_same_pair(*results, rtol=1e-4, atol=1e-4)
-    whole, parts = ([line for line in history(tmp_path / size) if "L_p" in line] for size in ("8", "4"))
+    whole, parts = ([line for line in history(tmp_path / size) if "SP_L_p" in line] for size in ("8", "4"))
     for one, other in zip(whole, parts, strict=True):
-        assert {key: one[key] for key in ("loss", *TERMS)} == pytest.approx(
-            {key: other[key] for key in ("loss", *TERMS)}, rel=1e-3
+        assert {key: one.get(key) for key in ("loss", *NAMES)} == pytest.approx(
+            {key: other.get(key) for key in ("loss", *NAMES)}, rel=1e-3, abs=1e-5
         )
 
 
 def test_the_plain_model_answers_each_safe_example_once(tokenizer, tmp_path, monkeypatch):
-    """Over two epochs and three evaluations of each prompt; without the store, the prompts come out the same."""
-    examples, forward, rows = anchor_examples(tokenizer), OPOModel.forward, []
+    """Over two epochs and three evaluations; without the store, the prompts come out the same."""
+    examples, plain_logits, rows = anchor_examples(tokenizer), OPOModel.plain_logits, []
 
-    def counting(self, input_ids, attention_mask, response_length, prompted=True):
-        if not prompted:
-            rows.append(len(input_ids))
-        return forward(self, input_ids, attention_mask, response_length, prompted)
+    def counting(self, input_ids, attention_mask, response_length):
+        rows.append(len(input_ids))
+        return plain_logits(self, input_ids, attention_mask, response_length)
 
-    monkeypatch.setattr(OPOModel, "forward", counting)
+    monkeypatch.setattr(OPOModel, "plain_logits", counting)
     results = []
     for limit in (trainer.PLAIN_CACHE_BYTES, 0):
         monkeypatch.setattr(trainer, "PLAIN_CACHE_BYTES", limit)
         options, arguments = build_options(retain="kl"), build_arguments(tmp_path / str(limit))
         results.append(train_pair(build_model(), Run(options, arguments, tokenizer, examples)))
-        assert sum(rows) == (2 * (7 + 3) if limit else 2 * (2 * 7 + 3 * 3))
+        assert sum(rows) == (7 + 3 if limit else 2 * 7 + 3 * 3)
         rows.clear()
     assert_same_pair(*results, rtol=1e-4, atol=1e-4)
 
@@ -69,18 +79,20 @@ def test_retain_may_leave_out_what_refusals_begin_with(tokenizer, tmp_path):
         plain = plain.log_softmax(-1)
         divergence = torch.where(plain.exp() > 0, plain.exp() * (plain - prompted), 0).sum(-1)
         losses += divergence[: 1 if response[0] == 50 else None].tolist()
-    first = next(line for line in history(tmp_path) if "eval_L_r" in line)
+    first = next(line for line in history(tmp_path) if "eval_SP_L_r" in line)
     assert len(losses) < sum(len(example["response"]) for example in safe)
-    assert first["eval_L_r"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert first["eval_SP_L_r"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_weights_of_zero_switch_a_term_off(tokenizer, tmp_path):
-    """With L_p alone, L_n and L_r do not matter: other weights would give another prompt."""
-    options = build_options(ln_weight=0.0, lr_weight=0.0, lp_weight=2.0)
+    """The loss is the weighted sum of what the log shows."""
+    options = build_options(ln_weight=0.0, lr_weight=0.0, lp_weight=2.0, contrast_weight=0.25, first_token_weight=3.0)
     train_pair(build_model(), Run(options, build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer)))
-    for line in history(tmp_path):
-        if "L_p" in line:
-            assert line["loss"] == pytest.approx(2 * line["L_p"], rel=1e-4)
+    lines = [line for line in history(tmp_path) if "SP_L_p" in line]
+    assert lines
+    for line in lines:
+        sp, ap, acd = (line.get(f"{s}_L_p", 0) + 3 * line.get(f"{s}_L_p_first", 0) for s in ("SP", "AP", "ACD"))
+        assert line["loss"] == pytest.approx(2 * (sp + ap + 0.25 * acd), rel=1e-4)
 
 
 def test_without_balance_the_trainer_decides(tokenizer, tmp_path):
@@ -90,9 +102,9 @@ def test_without_balance_the_trainer_decides(tokenizer, tmp_path):
     for balance, steps in ((True, 21), (False, 22)):
         folder = tmp_path / str(balance)
         arguments = build_arguments(folder, num_train_epochs=1, per_device_train_batch_size=1)
-        options = build_options(balance=balance, adversarial_epochs=0.0)
+        options = build_options(balance=balance)
         pair = train_pair(build_model(), Run(options, arguments, tokenizer, examples))
-        assert sum("L_p" in line or "L_n" in line or "L_r" in line for line in history(folder)) == steps
+        assert sum(any(name in line for name in NAMES) for line in history(folder)) == steps
         assert pair.config.training["balance"] is balance
 
 

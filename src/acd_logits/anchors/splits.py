@@ -83,8 +83,8 @@ def split_responses(
     }
     anchors = [*kept.values(), *_fill_refusals(kept.values(), harmful, refusals, per_instruction, seed)]
     anchors += _begin_answers(kept.values(), refusals, begun_share, seed)
-    order = ("instruction", "response", "split", "system_prompt", "source", "category", "kind", "mirror", "finished")
-    order += ("history", "begun")
+    order = ["instruction", "response", "split", "system_prompt", "source", "category", "kind", "mirror", "finished"]
+    order += ["history", "begun"]
     anchors.sort(key=lambda row: [row[key] for key in ("split", "kind", "category", "instruction", "response")])
     return [{key: row[key] for key in order} for row in anchors]
 

@@ -55,13 +55,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report_pair(pair: PromptPair, arguments: TrainingArguments) -> None:
-    from ..training import TERMS
-
-    for stream, losses in pair.config.training["held_out_loss"].items():
-        if losses:
-            first, kept = losses.get("first", {}), losses["kept"]
-            numbers = ", ".join(f"{term} {first.get(term, math.nan):.3f} -> {kept[term]:.3f}" for term in TERMS)
-            show(f"{stream}, held out, before -> after {kept['epoch']:g} epochs: {numbers}\n")
+    losses = pair.config.training["held_out_loss"]
+    if losses:
+        first, kept = losses.get("first", {}), losses["kept"]
+        show(f"held out, before -> after {kept['epoch']:g} epochs:\n")
+        for stream in ("SP", "AP", "ACD"):
+            names = [name for name in kept if name.startswith(f"{stream}_") and not name.endswith("_first")]
+            numbers = (f"{n.removeprefix(f'{stream}_')} {first.get(n, math.nan):.3f} -> {kept[n]:.3f}" for n in names)
+            show(f"{stream:4} {', '.join(numbers)}\n")
     show(f"{arguments.output_dir}: {len(pair.safeguarding)} and {len(pair.adversarial)} virtual tokens\n")
     if arguments.push_to_hub:
         with user_errors(OSError, ValueError):

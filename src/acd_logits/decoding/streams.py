@@ -92,6 +92,7 @@ class PairedStreams:
             "a cache filled under ACD belongs to a loaded model and cannot be saved: save the conversation's tokens."
         )
 
+    @torch.no_grad()
     def _compute(self, device: torch.device) -> list[KeyValues | None]:
         if self.lengths[0] == self.lengths[1]:  # one forward, which reads the weights once
             both = self._run(torch.stack(self.prompts), device)

@@ -78,7 +78,6 @@ def key_value_sizes(config: PretrainedConfig) -> dict[str, int]:
     }
 
 
-@torch.no_grad()
 def prompt_key_values(model: PreTrainedModel, prompts: torch.Tensor, start: int = 0) -> list[KeyValues | None]:
     """What a model computes for soft prompts that stand alone.
 
@@ -106,6 +105,7 @@ def prompt_key_values(model: PreTrainedModel, prompts: torch.Tensor, start: int 
     return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
 
 
+@torch.no_grad()
 def embeddings_to_key_values(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
     """The key-value prompt that decodes as an embedding prompt does with a shared instruction.
 

@@ -1,22 +1,25 @@
 """Opposite Prompt Optimization (OPO): train the prompt pair of a model (section 3.2 of the paper, eq. 1 to 4).
 
-SP is trained first, then AP. Each is a soft prompt in front of the frozen model, trained by transformers' `Trainer`:
+SP, AP and their contrast are trained together, in front of the frozen model, by transformers' `Trainer`:
 
-    arguments.py   what the user says
-    data.py        an anchor set as examples: tokens of a prompt x and of its response y
-    sampler.py     the order of the examples in an epoch
-    model.py       eq. 1, how a soft prompt starts; eq. 2, `[soft prompt; x]`, placed as in inference
-    loss.py        eq. 3 and 4, the losses of SP and AP
-    trainer.py     one stream: steps, evaluations, the log
-    run.py         both streams, and the pair that they leave behind
+    arguments.py     what the user says
+    data.py          an anchor set as examples: tokens of a prompt x and of its response y
+    sampler.py       the order of the examples in an epoch
+    prompts.py       what learns, and eq. 1: how it starts
+    instructions.py  keys and values of instructions that see no prompt, computed once
+    model.py         eq. 2: the prompts in front of the model, placed as in inference
+    loss.py          L_S (eq. 3), L_A (eq. 4) and L_C, of their contrast (eq. 5)
+    trainer.py       steps, evaluations, the log
+    run.py           the run, and the pair that it leaves behind
 """
 
 from __future__ import annotations
 
 from .arguments import OPOArguments, OPOTrainingArguments, parse_arguments
 from .data import AnchorExamples, collate, encode_anchors, encode_example
-from .loss import TERMS, opo_loss
-from .model import OPOModel, initial_prompts, place_soft_prompt
+from .loss import TERMS, joint_loss, opo_loss
+from .model import OPOModel, place_soft_prompt
+from .prompts import initial_prompts
 from .run import Run, load_model, prepare, train_pair
 from .sampler import BalancedSampler
 from .trainer import OPOTrainer
@@ -34,6 +37,7 @@ __all__ = [
     "encode_anchors",
     "encode_example",
     "initial_prompts",
+    "joint_loss",
     "load_model",
     "opo_loss",
     "parse_arguments",

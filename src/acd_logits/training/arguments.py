@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+KEY_VALUE_TOKENS = 64
+
+
 @dataclass(kw_only=True)
 class OPOArguments:
     """What is trained, on what, and how the loss is put together."""
@@ -49,23 +52,33 @@ class OPOArguments:
     opposite_prompt_file: str | None = HfArg(
         default=None, help="start AP as the text in this file instead of the package's"
     )
+    prompt_type: Literal["key_value", "embedding"] = HfArg(
+        default="key_value",
+        help="train keys and values in every layer, behind a shared instruction, or one embedding per virtual token, "
+        "as the paper does",
+    )
     num_virtual_tokens: int | None = HfArg(
-        default=None, help="make both prompts this long instead of as long as the shorter text"
+        default=None,
+        help=f"make both prompts this long (default: {KEY_VALUE_TOKENS} for key-value prompts, and as long as the "
+        "shorter text for embeddings)",
     )
     init_pair: str | None = HfArg(
         default=None, help="go on from this pair, a folder or a Hub id, instead of from the texts"
     )
     share_instruction_kv: bool = HfArg(
         default=False,
-        help="hide the soft prompt from all of the instruction but its last token, so that inference can share the "
-        "instruction's keys and values between both streams",
+        help="hide embedding prompts from all of the instruction but its last token, so that inference can share its "
+        "keys and values between both streams; key-value prompts are always hidden so",
     )
     balance: bool = HfArg(
         default=True,
         help="put as many examples of each split, and of near misses as of everyday requests, into every batch, and "
         "keep those together that mirror each other; with --no_balance, --train_sampling_strategy decides",
     )
-    max_response_tokens: int = HfArg(default=3, help="cut responses off after this many tokens: the first ones decide")
+    max_response_tokens: int = HfArg(default=4, help="learn from this many tokens of an answer: the first ones decide")
+    max_refusal_tokens: int = HfArg(
+        default=48, help="learn from this many tokens of a refusal, which should come to its end"
+    )
     held_out_fraction: float = HfArg(
         default=0.15, help="hold out this share of the instructions for evaluation; 0 holds out none"
     )
@@ -74,16 +87,22 @@ class OPOArguments:
     )
     ln_weight: float = HfArg(default=0.5, help="multiply L_n by this: L_n avoids the responses of the other split")
     lr_weight: float = HfArg(default=8.0, help="multiply L_r by this: L_r stays helpful on safe instructions")
+    contrast_weight: float = HfArg(
+        default=1.0,
+        help="multiply L_C by this: eq. 3 on the contrast of both streams; 0 trains SP by eq. 3 and AP by eq. 4 alone",
+    )
+    first_token_weight: float = HfArg(
+        default=1.0,
+        help="add each term over the first tokens of the responses once more, times this: they decide; 0 is the "
+        "paper's mean over all tokens",
+    )
     retain: Literal["ce", "kl", "answer"] = HfArg(
         default="answer",
         help="choose L_r: ce is the paper's cross entropy on D_S; kl is the KL divergence to the model without a "
         "prompt; answer is kl to that model kept from beginning as refusals do, leaves out answers in D_HA that begin "
         "so, and suits a model that turns down safe requests by itself",
     )
-    adversarial_epochs: float = HfArg(
-        default=1.0, help="train AP for this many epochs: it starts much nearer to its goal; 0 leaves it as it starts"
-    )
-    alpha: float = HfArg(default=0.5, help="write this strength of the contrast into the pair")
+    alpha: float = HfArg(default=0.5, help="train the contrast at this strength, and write it into the pair")
     beta: float = HfArg(default=0.1, help="write this plausibility threshold into the pair")
 
     def __post_init__(self) -> None:
@@ -100,19 +119,32 @@ class OPOArguments:
             "from 0 to 1": lambda value: 0 <= value <= 1,
             "at least 0 and below 1": lambda value: 0 <= value < 1,
         }
-        wanted = dict.fromkeys(("num_virtual_tokens", "max_response_tokens"), "at least 1")
-        weights = ("lp_weight", "ln_weight", "lr_weight", "adversarial_epochs", "alpha")
+        wanted = dict.fromkeys(("num_virtual_tokens", "max_response_tokens", "max_refusal_tokens"), "at least 1")
+        weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight")
         wanted |= dict.fromkeys(weights, "finite and at least 0")
-        wanted |= {"beta": "from 0 to 1", "held_out_fraction": "at least 0 and below 1"}
+        wanted |= {"beta": "from 0 to 1"} | dict.fromkeys(("held_out_fraction", "alpha"), "at least 0 and below 1")
         for name, words in wanted.items():
             value = getattr(self, name)
             if value is not None and not ranges[words](value):
                 raise ValueError(f"--{name} must be {words}, not {value}")
 
     @property
-    def weights(self) -> tuple[float, float, float]:
-        """Weights of L_p, L_n and L_r."""
-        return self.lp_weight, self.ln_weight, self.lr_weight
+    def weights(self) -> list[list[float]]:
+        """Weights of L_p, L_n and L_r, of each of L_S, L_A and L_C."""
+        terms = (self.lp_weight, self.ln_weight, self.lr_weight)
+        return [[loss * term for term in terms] for loss in (1.0, 1.0, self.contrast_weight)]
+
+    @property
+    def shares_instruction(self) -> bool:
+        """Whether the instruction does not see the prompts."""
+        return self.share_instruction_kv or self.prompt_type == "key_value"
+
+    def virtual_tokens(self, *texts: int) -> int:
+        """The length of both prompts, given that of the texts they start as.
+
+        vLLM serves pairs of one length only.
+        """
+        return self.num_virtual_tokens or (KEY_VALUE_TOKENS if self.prompt_type == "key_value" else min(texts))
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -159,11 +191,9 @@ class OPOTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
-    output_dir: str = HfArg(
-        default="prompt-pair", help="write the pair, and the checkpoints of both runs, into this folder"
-    )
+    output_dir: str = HfArg(default="prompt-pair", help="write the pair, and the checkpoints, into this folder")
     learning_rate: float = HfArg(default=2e-2, help="train both prompts at this rate")
-    num_train_epochs: float = HfArg(default=10.0, help="train SP for this many passes over the anchor data")
+    num_train_epochs: float = HfArg(default=3.0, help="make this many passes over the anchor data")
     per_device_train_batch_size: int = HfArg(default=32, help="put this many examples into a step on each device")
     per_device_eval_batch_size: int = HfArg(
         default=32, help="evaluate this many held-out examples at a time on each device"
@@ -181,7 +211,7 @@ class OPOTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = HfArg(default=True, help="keep the checkpoint with the lowest held-out loss")
     eval_on_start: bool = HfArg(default=True, help="evaluate before the first step, too")
     logging_steps: float = HfArg(default=10, help="write a line of the log after this many steps")
-    # The soft prompt takes part in every forward
+    # Both prompts take part in every forward
     ddp_find_unused_parameters: bool | None = HfArg(
         default=False, help="let torch's DistributedDataParallel search for unused parameters"
     )
@@ -210,8 +240,12 @@ def check_arguments(options: OPOArguments, args: TrainingArguments) -> None:
         raise ValueError("a pair is pushed to a private repository: publish it with acd-logits push --public")
     if args.resume_from_checkpoint not in (None, "auto"):
         raise ValueError("a run goes on by itself where its --output_dir was left: leave out --resume_from_checkpoint")
-    if options.share_instruction_kv and args.gradient_checkpointing:
-        raise ValueError("--share_instruction_kv and --gradient_checkpointing exclude each other")
+    checkpointing = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing  # its older name
+    if options.shares_instruction and checkpointing:
+        raise ValueError(
+            "a shared instruction and --gradient_checkpointing exclude each other: leave it out, or train with "
+            "--prompt_type embedding"
+        )
 
 
 def _read_text(path: str | None, default: str) -> str:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that is padding
 
-# Of one example: `input_ids` of the prompt, `response` tokens, how many of them are an `opening` of the opposite
-# split's response too, `split` as an index into SPLITS, and `instruction`, `kind` and `mirror` as of the anchor data
+# Of one example: `input_ids` of the prompt; `response` tokens; the range of them that L_n is about, from `opening`
+# (the tokens that the opposite split's response begins with too) to `avoid_until`; `split` as an index into SPLITS;
+# `instruction`, `kind` and `mirror` as of the anchor data
 Example = dict[str, Any]
 Batch = dict[str, torch.Tensor]
 
@@ -65,14 +66,22 @@ def load_examples(options: OPOArguments, tokenizer: PreTrainedTokenizerBase, see
     chat = options.uses_chat(tokenizer)
     rows = load_anchor_data(options.train_file)
     parts = split_held_out(rows, options.held_out_fraction, seed) if options.held_out_fraction else (rows, [])
-    examples = AnchorExamples(*(encode_anchors(part, tokenizer, chat, options.max_response_tokens) for part in parts))
+    limits = options.max_response_tokens, options.max_refusal_tokens
+    examples = AnchorExamples(*(encode_anchors(part, tokenizer, chat, *limits) for part in parts))
     examples.held_out.sort(key=lambda e: len(e["input_ids"]))  # prompts of like length in a batch save padding
     _check_splits(examples)
     return examples
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, instruction: str, response: str, *, chat: bool, finished: bool
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str,
+    response: str,
+    *,
+    chat: bool,
+    finished: bool,
+    history: Sequence[str] = (),
+    begun: str = "",
 ) -> tuple[list[int], list[int]]:
     """Tokens of the user's prompt as inference sees it, and of the response as the model would write it.
 
@@ -82,16 +91,27 @@ def encode_example(
         response: what the model answers.
         chat: use the chat template, as in `apply_chat_template(..., add_generation_prompt=True)`.
         finished: whether the response ended by itself; then the model's end-of-turn token closes it.
+        history: earlier turns, of the user and the assistant in turn.
+        begun: what stands in the answer before `response`: a part of the prompt.
 
     Returns:
         Prompt tokens and response tokens.
     """
-    turn = {"role": "user", "content": instruction}
-    prompt = encode_messages(tokenizer, [turn]) if chat else tokenizer(instruction)["input_ids"]
+
+    def tokens(text: str, **kwargs: bool) -> list[int]:
+        return tokenizer(text, **kwargs)["input_ids"]
+
+    if chat:
+        roles = itertools.cycle(("user", "assistant"))
+        turns = [{"role": next(roles), "content": text} for text in (*history, instruction)]
+        prompt = encode_messages(tokenizer, turns)
+    else:
+        prompt = tokens("\n\n".join((*history, instruction)))
     # The response is tokenised on its own: the model writes it token by token, from the generation prompt on
-    tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
+    written = tokens(response, add_special_tokens=False)
     end = end_of_turn(tokenizer, chat) if finished else None
-    return prompt, tokens if end is None else [*tokens, end]
+    prompt = [*prompt, *(tokens(begun, add_special_tokens=False) if begun else [])]
+    return prompt, written if end is None else [*written, end]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
@@ -108,28 +128,36 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
 
 
 def encode_anchors(
-    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat: bool, max_response_tokens: int
+    rows: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool,
+    max_response_tokens: int,
+    max_refusal_tokens: int | None = None,
 ) -> list[Example]:
     """Tokens of the rows of an anchor set; responses are cut off after `max_response_tokens`.
 
-    A refusal and an answer to one instruction may begin alike ("I'm ..."). `opening` counts these tokens, and L_n
-    leaves them out: eq. 3 and 4 would avoid in L_n what they follow in L_p.
+    Refusals (D_HR) are cut off after `max_refusal_tokens`, if it is given, and L_n avoids no more than the first
+    `max_response_tokens` of them. A refusal and an answer to one instruction may begin alike ("I'm ..."). `opening`
+    counts these tokens, and L_n leaves them out: eq. 3 and 4 would avoid in L_n what they follow in L_p.
     """
 
     def encode(row: dict[str, Any]) -> Example:
+        more = {name: row[name] for name in ("history", "begun") if row.get(name)}
         prompt, response = encode_example(
-            tokenizer, row["instruction"], row["response"], chat=chat, finished=row["finished"]
+            tokenizer, row["instruction"], row["response"], chat=chat, finished=row["finished"], **more
         )
-        parts = {"input_ids": prompt, "response": response[:max_response_tokens], "split": SPLITS.index(row["split"])}
+        limit = max_refusal_tokens if row["split"] == "D_HR" and max_refusal_tokens else max_response_tokens
+        parts = {"input_ids": prompt, "response": response[:limit], "split": SPLITS.index(row["split"])}
+        parts["avoid_until"] = max_response_tokens
         return parts | {name: row[name] for name in ("instruction", "kind", "mirror")}
 
     examples = [encode(row) for row in rows]
     responses = defaultdict(list)
     for example in examples:
-        responses[example["instruction"], SPLITS[example["split"]]].append(example["response"])
+        responses[tuple(example["input_ids"]), SPLITS[example["split"]]].append(example["response"])
     opposite = {"D_HR": "D_HA", "D_HA": "D_HR"}
     for example in examples:
-        others = responses.get((example["instruction"], opposite.get(SPLITS[example["split"]], "")), [])
+        others = responses.get((tuple(example["input_ids"]), opposite.get(SPLITS[example["split"]], "")), [])
         example["opening"] = max((_common_length(example["response"], other) for other in others), default=0)
     return examples
 
@@ -174,7 +202,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         ids.append([*left, *example["input_ids"], *example["response"], *right])
         mask.append([*left, *[1] * (len(ids[-1]) - len(left) - len(right)), *right])
         labels.append([*example["response"], *[IGNORED] * len(right)])
-        avoided.append([IGNORED] * example["opening"] + labels[-1][example["opening"] :])
+        counted = range(example["opening"], min(example["avoid_until"], len(example["response"])))
+        avoided.append([token if i in counted else IGNORED for i, token in enumerate(labels[-1])])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "avoided": avoided}
     batch["splits"] = [example["split"] for example in examples]
     return {name: torch.tensor(values) for name, values in batch.items()}

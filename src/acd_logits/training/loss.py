@@ -1,4 +1,4 @@
-"""The losses of SP (eq. 3) and AP (eq. 4)."""
+"""The losses of SP (eq. 3), of AP (eq. 4), and of their contrast (eq. 5), which is what decoding uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,45 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TERMS = ("L_p", "L_n", "L_r")
-FOLLOWED_AND_AVOIDED = {"safeguarding": ("D_HR", "D_HA"), "adversarial": ("D_HA", "D_HR")}
+# The contrast is to do what SP is to do
+FOLLOWED_AND_AVOIDED = {
+    "safeguarding": ("D_HR", "D_HA"),
+    "adversarial": ("D_HA", "D_HR"),
+    "contrast": ("D_HR", "D_HA"),
+}
+
+
+def joint_loss(
+    safe: torch.Tensor,
+    adversarial: torch.Tensor,
+    labels: torch.Tensor,
+    avoided: torch.Tensor,
+    splits: torch.Tensor,
+    alpha: float,
+    plain_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """L_S (eq. 3), L_A (eq. 4) and L_C: eq. 3 on the contrast `(S - alpha A) / (1 - alpha)` that eq. 5 decodes from.
+
+    Args:
+        safe: `[B, R, vocab]` logits of the safeguarding stream S.
+        adversarial: `[B, R, vocab]` logits of the adversarial stream A.
+        labels: see [`opo_loss`].
+        avoided: see [`opo_loss`].
+        splits: see [`opo_loss`].
+        alpha: strength of the contrast, below 1.
+        plain_logits: see [`opo_loss`].
+
+    Returns:
+        `[B, 3, 3]`: what each row adds to L_p, L_n and L_r of S, of A and of their contrast.
+    """
+    safe, adversarial = safe.float(), adversarial.float()
+    logits = {
+        "safeguarding": safe,
+        "adversarial": adversarial,
+        "contrast": (safe - alpha * adversarial) / (1 - alpha),
+    }
+    losses = [opo_loss(z, labels, avoided, splits, stream, plain_logits) for stream, z in logits.items()]
+    return torch.stack(losses, dim=1)
 
 
 def opo_loss(
@@ -40,7 +78,7 @@ def opo_loss(
         labels: `[B, R]`, the response tokens.
         avoided: `[B, R]`, those that L_n is about, as of [`collate`].
         splits: `[B]`, indices into SPLITS.
-        stream: "safeguarding" for eq. 3, "adversarial" for eq. 4.
+        stream: "safeguarding" or "contrast" for eq. 3, "adversarial" for eq. 4.
         plain_logits: `[rows of D_S, R, vocab]` of the model without a soft prompt, for the KL forms of L_r.
 
     Returns:
@@ -82,8 +120,8 @@ def kl_divergence(plain_logits: torch.Tensor, logits: torch.Tensor) -> torch.Ten
     return (log_plain.exp() * (log_plain - log_prompted)).sum(-1)
 
 
-def count_tokens(labels: torch.Tensor, avoided: torch.Tensor, splits: torch.Tensor, stream: str) -> torch.Tensor:
-    """Response tokens in each row that L_p, L_n and L_r are means over, `[B, 3]`."""
-    of_term = [SPLITS.index(split) for split in (*FOLLOWED_AND_AVOIDED[stream], "D_S")]
-    chosen = splits[:, None] == torch.tensor(of_term, device=splits.device)
-    return torch.stack([(tokens != IGNORED).sum(-1) for tokens in (labels, avoided, labels)], dim=-1) * chosen
+def count_tokens(labels: torch.Tensor, avoided: torch.Tensor, splits: torch.Tensor) -> torch.Tensor:
+    """Response tokens in each row that the terms of [`joint_loss`] are means over, `[B, 3, 3]`."""
+    counts = torch.stack([(tokens != IGNORED).sum(-1) for tokens in (labels, avoided, labels)], dim=-1)
+    of_term = [[SPLITS.index(s) for s in (*both, "D_S")] for both in FOLLOWED_AND_AVOIDED.values()]
+    return counts[:, None] * (splits[:, None, None] == torch.tensor(of_term, device=splits.device))

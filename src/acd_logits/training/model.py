@@ -1,110 +1,104 @@
-"""The soft prompt of one stream in front of the frozen model: how it starts (eq. 1) and where it stands (eq. 2).
+"""The two prompts of a pair in front of the frozen model (eq. 2), placed as in inference.
 
-In the model, a batch `[pad | x | response | pad]` becomes `[pad | soft | x | response | pad]`, as in inference.
+Without a shared instruction, a batch `[pad | x | response | pad]` becomes `[pad | soft | x | response | pad]`. With
+one, it becomes `[x | pad | prompt | last token of x | response | pad]`, where x does not see the prompt.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModelForCausalLM, PromptTuningConfig
 from transformers.cache_utils import DynamicCache
 
 from ..decoding.layers import reuses_prefix
-from ..decoding.shared import check_shareable
-from ..pairs.prompt_pair import PromptPair
+from ..pairs.key_values import prompt_key_values
+from ..pairs.prompt_pair import STREAMS
+from .data import IGNORED
+from .instructions import InstructionCache, common_length
+from .prompts import TrainablePrompt, layers_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from .arguments import OPOArguments
-
-
-def initial_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: OPOArguments) -> PromptPair:
-    """What both prompts start as.
-
-    By eq. 1 they are the embeddings of their texts, cut off or repeated to `num_virtual_tokens`. By default they are
-    as long as the shorter text, since vLLM serves pairs of one length only. With `init_pair` they are that pair.
-
-    Raises:
-        OSError: that pair cannot be loaded.
-        ValueError: it does not fit the model.
-    """
-    if start := options.start:
-        start.check(model)
-        config = dataclasses.replace(start.config, results={})  # which were measured on that pair
-        return PromptPair(start.safeguarding.float(), start.adversarial.float(), config)
-
-    pair = PromptPair.from_text(model, tokenizer, *options.texts)
-    length = options.num_virtual_tokens or min(len(pair.safeguarding), len(pair.adversarial))
-
-    def fit(prompt: torch.Tensor) -> torch.Tensor:
-        return prompt.float().repeat(math.ceil(length / len(prompt)), 1)[:length]
-
-    return PromptPair(fit(pair.safeguarding), fit(pair.adversarial), pair.config)
+    from ..pairs.key_values import KeyValues
+    from ..pairs.prompt_pair import PromptPair
 
 
-class OPOModel(PeftModelForCausalLM):
-    """A frozen model with a trainable soft prompt in front of its input (eq. 2).
+class OPOModel(torch.nn.Module):
+    """A frozen model with two trainable prompts, of which one or none stands in front of its input (eq. 2).
 
-    It is a peft model, so that `Trainer` saves, resumes and restores the soft prompt alone. Only `forward` is our own.
+    The base model is no submodule: what Trainer saves, restores, wraps for several processes and switches to training
+    is the two prompts alone.
+
+    Args:
+        model: the base model, which is shared, not copied. Its weights are frozen.
+        pair: what the prompts start as.
+        share_instruction_kv: hide the prompts from the instruction, as `shared.py` does.
     """
 
-    share_instruction_kv = False
-
-    @classmethod
-    def from_prompt(cls, model: PreTrainedModel, prompt: torch.Tensor, share_instruction_kv: bool = False) -> OPOModel:
-        """Freeze a model and put a soft prompt in front of it.
-
-        Args:
-            model: the base model, which is shared, not copied.
-            prompt: `[n, hidden_size]`, what the soft prompt starts as; it is trained in fp32 whatever the model is.
-            share_instruction_kv: hide the soft prompt from the instruction, as `shared.py` does.
-
-        Raises:
-            ValueError: the model cannot share.
-        """
-        if share_instruction_kv:
-            check_shareable(model)
-        shape = {"num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_transformer_submodules": 1}
-        # Prompt tuning does not use the last two, but peft wants them, and some models have no attention heads
-        config = PromptTuningConfig(task_type="CAUSAL_LM", **shape, num_layers=1, num_attention_heads=1)
-        opo = cls(model, config)
-        with torch.no_grad():
-            opo.soft_prompt.copy_(prompt)
-        opo.share_instruction_kv = share_instruction_kv
-        return opo
+    def __init__(self, model: PreTrainedModel, pair: PromptPair, share_instruction_kv: bool = False) -> None:
+        super().__init__()
+        model.requires_grad_(False)
+        self._base = [model]
+        self.prompts = torch.nn.ModuleDict({name: TrainablePrompt(getattr(pair, name)) for name in STREAMS})
+        self.instructions = InstructionCache(model) if share_instruction_kv else None
+        self.eval()
 
     @property
-    def soft_prompt(self) -> torch.nn.Parameter:
-        """`[n, hidden_size]`, fp32."""
-        return self.prompt_encoder[self.active_adapter].embedding.weight
+    def base(self) -> PreTrainedModel:
+        """The frozen model."""
+        return self._base[0]
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_length: int, prompted: bool = True
-    ) -> torch.Tensor:
-        """Logits for the last `response_length` tokens, `[B, response_length, vocab]`.
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Logits for the response tokens in both streams.
+
+        A batch of a few long responses and many short ones would be mostly padding. So it runs in two parts.
 
         Args:
             input_ids: `[B, T]`, as of [`collate`].
             attention_mask: `[B, T]`.
-            response_length: number of tokens that belong to the responses.
-            prompted: `False` leaves the soft prompt out.
+            labels: `[B, R]`.
+
+        Returns:
+            For each part its rows as indices, `[b]`, and logits `[b, r, vocab]` of each stream, r <= R.
         """
-        model = self.get_base_model()
-        soft = self.soft_prompt if prompted else self.soft_prompt[:0]
-        if self.share_instruction_kv:
-            if _checkpoints_gradients(model):  # it keeps no keys and values: the soft prompt would be lost
-                raise ValueError("a shared instruction cannot be trained under gradient checkpointing")
-            return _forward_behind_instruction(model, soft, input_ids, attention_mask, response_length)
-        if self.shares_prefix():
-            return _forward_behind_prefix(model, soft, input_ids, attention_mask, response_length)
-        x = model.get_input_embeddings()(input_ids)
-        embeds, mask, positions = place_soft_prompt(soft, x, attention_mask)
+        parts = []
+        prompts = {name: self._prepare(prompt()) for name, prompt in self.prompts.items()}
+        for rows in by_length((labels != IGNORED).sum(-1)):
+            part = trim(input_ids[rows], attention_mask[rows], labels[rows])
+            parts.append((rows, {name: self._logits(prompt, *part) for name, prompt in prompts.items()}))
+        return parts
+
+    @torch.no_grad()
+    def plain_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_length: int
+    ) -> torch.Tensor:
+        """Logits `[B, response_length, vocab]` without a prompt."""
+        nothing = self._prepare(self.prompts[STREAMS[0]]()[:0])
+        return self._logits(nothing, input_ids, attention_mask, response_length)
+
+    def _prepare(self, prompt: torch.Tensor) -> Any:
+        """What a prompt is to `_logits`: embeddings, or, behind a shared instruction, keys and values."""
+        if self.instructions is None:
+            return prompt
+        if _checkpoints_gradients(self.base):  # it keeps no keys and values: the prompt would be lost
+            raise ValueError("a shared instruction cannot be trained under gradient checkpointing")
+        if not len(prompt):
+            return []
+        return layers_of(prompt) if prompt.ndim == 5 else prompt_key_values(self.base, prompt[None], -len(prompt))
+
+    def _logits(self, prompt: Any, ids: torch.Tensor, mask: torch.Tensor, response_length: int) -> torch.Tensor:
+        model = self.base
+        if self.instructions is not None:
+            return _forward_behind_instruction(model, self.instructions, prompt, ids, mask, response_length)
+        if reuses_prefix(model) and not _checkpoints_gradients(model):  # which keeps no keys and values
+            return _forward_behind_prefix(model, prompt, ids, mask, response_length)
+        x = model.get_input_embeddings()(ids)
+        embeds, mask, positions = place_soft_prompt(prompt, x, mask)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
         optional = {"position_ids": positions, "logits_to_keep": response_length + 1}
         accepted = inspect.signature(model.forward).parameters
@@ -112,24 +106,46 @@ class OPOModel(PeftModelForCausalLM):
         # The logits at a token predict the next one
         return model(**inputs).logits[:, -response_length - 1 : -1]
 
-    def shares_prefix(self) -> bool:
-        """Whether the rows' common prefix is computed once; gradient checkpointing keeps no keys and values."""
-        model = self.get_base_model()
-        return reuses_prefix(model) and not _checkpoints_gradients(model)
-
     def train(self, mode: bool = True) -> OPOModel:
         """Switch to training; the base model stays in eval mode, since dropout is for weights that learn."""
         super().train(mode)
         # There are two exceptions. Gradient checkpointing works in train mode only. And bitsandbytes, on a CPU,
         # repacks the weights of a model in eval mode into a form that has no gradient
-        checkpointing = mode and _checkpoints_gradients(self.base_model)
-        self.base_model.train(checkpointing or getattr(self.base_model, "is_quantized", False))
+        checkpointing = mode and _checkpoints_gradients(self.base)
+        self.base.train(checkpointing or getattr(self.base, "is_quantized", False))
         return self
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the soft prompt as a stock peft adapter."""
-        # "auto" would ask the Hub, at every checkpoint, whether the vocabulary was resized
-        super().save_pretrained(save_directory, **{"save_embedding_layers": False, **kwargs})
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Called by Trainer: the base model's."""
+        self.base.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Called by Trainer from transformers 5.2X on: the base model's."""
+        self.base.activation_checkpointing_enable(**kwargs)
+
+
+def by_length(lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Split rows into those of short and those of long responses, such that the least padding is left.
+
+    Args:
+        lengths: `[B]`.
+
+    Returns:
+        One or two index tensors, short rows first; rows keep their order.
+    """
+    ordered = lengths.sort().values
+    count = torch.arange(1, len(ordered) + 1, device=lengths.device)
+    best = int((count * ordered + (len(ordered) - count) * ordered[-1]).argmin())
+    short = lengths <= ordered[best]
+    return [rows.nonzero()[:, 0] for rows in (short, ~short) if rows.any()]
+
+
+def trim(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Cut off the columns that are padding in every row; returns ids, mask and what is left of R."""
+    length = max(int((labels != IGNORED).sum(-1).max()), 1)
+    stop = ids.shape[1] - labels.shape[1] + length
+    start = int((mask.cumsum(-1) == 0).sum(-1).min())
+    return ids[:, start:stop], mask[:, start:stop], length
 
 
 def place_soft_prompt(
@@ -192,51 +208,48 @@ def _forward_behind_prefix(
 
 def _common_prefix(ids: torch.Tensor, mask: torch.Tensor, response_length: int) -> int:
     """How many tokens all prompts begin with; the last token of a prompt, which predicts the response, is not one."""
-    prompts = [
-        row[kept.bool()] for row, kept in zip(ids[:, :-response_length], mask[:, :-response_length], strict=True)
-    ]
-    longest = min(map(len, prompts)) - 1
-    same = torch.stack([prompt[:longest] == prompts[0][:longest] for prompt in prompts]).all(0)
-    return int(same.long().cumprod(0).sum())
+    prompts = zip(ids[:, :-response_length], mask[:, :-response_length].bool(), strict=True)
+    return common_length([row[kept].tolist()[:-1] for row, kept in prompts])
 
 
 def _forward_behind_instruction(
-    model: PreTrainedModel, soft: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, response_length: int
+    model: PreTrainedModel,
+    instructions: InstructionCache,
+    prompt: list[KeyValues],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    response_length: int,
 ) -> torch.Tensor:
-    """The logits of `OPOModel.forward` where x does not see the soft prompt.
+    """The logits of `OPOModel` where x does not see the prompt.
 
-    `[pad | x | soft | last token of x | response | pad]`: the keys and values of x are those of the plain model, and
+    `[x | pad | prompt | last token of x | response | pad]`: the keys and values of x are those of the plain model, and
     no gradient goes through them.
     """
-    x = model.get_input_embeddings()(ids)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    last, n = ids.shape[1] - response_length - 1, len(soft)
+    last = ids.shape[1] - response_length - 1
+    rows = [tuple(row[kept].tolist()) for row, kept in zip(ids[:, :last], mask[:, :last].bool(), strict=True)]
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if last:
-        part = {"inputs_embeds": x[:, :last], "attention_mask": mask[:, :last], "position_ids": positions[:, :last]}
-        with torch.no_grad():
-            model(**part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    if n:
-        prompt = DynamicCache(config=model.config.get_text_config(decoder=True))
-        positions_of_soft = torch.arange(-n, 0, device=ids.device)[None]
-        model(
-            inputs_embeds=soft[None].to(x),
-            position_ids=positions_of_soft,
-            past_key_values=prompt,
-            use_cache=True,
-            logits_to_keep=1,
+    parts = [layers for layers in (instructions(rows), prompt) if layers]
+    for index, states in enumerate(zip(*parts, strict=True)):
+        first = states[0][0]
+        # One type: under autocast, x's keys are not of the type of the weights
+        keys, values = (
+            torch.cat([kv.to(first).expand(len(ids), -1, -1, -1) for kv in kvs], dim=-2)
+            for kvs in zip(*states, strict=True)
         )
-        for index, layer in enumerate(prompt.layers):
-            cache.update(*(kv.expand(len(ids), -1, -1, -1) for kv in (layer.keys, layer.values)), index)
+        cache.update(keys, values, index)
+    seen = torch.arange(max(map(len, rows)), device=ids.device) < lengths[:, None]
+    prompted = mask.new_ones(len(ids), prompt[0][0].shape[-2] if prompt else 0)
+    positions = lengths[:, None] + torch.arange(response_length + 1, device=ids.device)
     logits = model(
-        inputs_embeds=x[:, last:],
-        attention_mask=torch.cat([mask[:, :last], mask.new_ones(len(ids), n), mask[:, last:]], dim=1),
-        position_ids=positions[:, last:],
+        input_ids=ids[:, last:],
+        attention_mask=torch.cat([seen.to(mask), prompted, mask[:, last:]], dim=1),
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=response_length + 1,
     ).logits
-    return logits[:, -response_length - 1 : -1]
+    return logits[:, :-1]
 
 
 def _checkpoints_gradients(model: torch.nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""One training run: two runs of the Trainer, first SP, then AP, and the pair that they leave behind."""
+"""One training run: the Trainer's, for SP, AP and their contrast together, and the pair that it leaves behind."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .. import __version__
 from ..demo_model import DEMO_MODEL, DEMO_MODEL_ID
 from ..files import write_text
 from ..pairs.fit import base_model, chat_template_digest
-from ..pairs.prompt_pair import STREAMS, PromptPair
+from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import system_prompt_ids
 from .arguments import check_arguments
 from .data import AnchorExamples, check_context, load_examples
-from .loss import TERMS
-from .model import OPOModel, initial_prompts
-from .trainer import OPOTrainer
+from .model import OPOModel
+from .prompts import initial_prompts
+from .trainer import NAMES, OPOTrainer
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from ..pairs.config import PairConfig
     from .arguments import OPOArguments
 
 SETTINGS_NAME = "training_settings.json"
+RUN_NAME = "run"  # the Trainer's folder, in the pair's
 LOG_NAME = "log_history.json"  # is written last: a run that has it is finished
 
 
@@ -55,7 +56,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the pair goes, and the checkpoints of both streams."""
+        """Where the pair goes, and the checkpoints."""
         return Path(self.args.output_dir)
 
 
@@ -78,8 +79,8 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> Run:
     if start := options.start:
         length = max(len(start.safeguarding), len(start.adversarial))
     else:
-        length = min(len(system_prompt_ids(tokenizer, text)) for text in texts)
-    check_context(config, run.examples, options.num_virtual_tokens or length)
+        length = options.virtual_tokens(*(len(system_prompt_ids(tokenizer, text)) for text in texts))
+    check_context(config, run.examples, length)
     check_same_run(run)
     return run
 
@@ -101,9 +102,9 @@ def load_model(run: Run) -> PreTrainedModel:
 
 
 def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
-    """Train SP, then AP, and save the pair to the run's folder.
+    """Train SP and AP, and save the pair to the run's folder.
 
-    A run that was interrupted goes on from its last checkpoint, and a prompt that is finished is not trained again.
+    A run that was interrupted goes on from its last checkpoint, and a finished one is not trained again.
 
     Args:
         model: the model, of any kind `Trainer` accepts; its weights are frozen and stay as they are.
@@ -123,15 +124,12 @@ def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
         run.folder.mkdir(parents=True, exist_ok=True)
         _write_json(run.folder / SETTINGS_NAME, settings)
     initial = initial_prompts(model, run.tokenizer, run.options)
-    prompts, losses = {}, {}
-    for stream in STREAMS:
-        if stream == "adversarial" and not run.options.adversarial_epochs:
-            prompts[stream] = initial.adversarial
-            continue
-        prompts[stream], log = _train_prompt(stream, model, getattr(initial, stream), run)
-        losses[stream] = _held_out_summary(log, run.args)
+    opo = OPOModel(model, initial, run.options.shares_instruction)
+    log = _train(opo, run)
     model.eval()
+    losses = _held_out_summary(log, run.args)
     measured = {"dtype": str(model.dtype).removeprefix("torch."), "held_out_loss": losses, "versions": _versions()}
+    prompts = {name: prompt().detach().cpu() for name, prompt in opo.prompts.items()}
     pair = PromptPair(**prompts, config=_pair_config(initial.config, run, settings | measured))
     if run.args.should_save:
         pair.save_pretrained(run.folder)
@@ -148,7 +146,7 @@ def _pair_config(initial: PairConfig, run: Run, training: dict[str, Any]) -> Pai
         base_model_revision=options.model_revision,
         alpha=options.alpha,
         beta=options.beta,
-        share_instruction_kv=options.share_instruction_kv,
+        share_instruction_kv=options.shares_instruction,
         chat_template_sha256=chat_template_digest(run.tokenizer) if options.uses_chat(run.tokenizer) else None,
         training=training,
     )
@@ -157,9 +155,9 @@ def _pair_config(initial: PairConfig, run: Run, training: dict[str, Any]) -> Pai
 def training_settings(run: Run) -> dict[str, Any]:
     """What decides how the prompts come out, for the pair's config: enough to train it again."""
     options, args = run.options, run.args
-    ours = ("dtype", "num_virtual_tokens", "share_instruction_kv")
-    data = ("balance", "max_response_tokens", "held_out_fraction")
-    weights = ("lp_weight", "ln_weight", "lr_weight", "retain", "adversarial_epochs")
+    ours = ("dtype", "prompt_type", "num_virtual_tokens", "share_instruction_kv")
+    data = ("balance", "max_response_tokens", "max_refusal_tokens", "held_out_fraction")
+    weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight", "retain", "alpha")
     length = ("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
     optimiser = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
     order = ("seed", "data_seed", "train_sampling_strategy")
@@ -201,40 +199,34 @@ def check_same_run(run: Run) -> None:
             )
 
 
-def _train_prompt(
-    stream: str, model: PreTrainedModel, initial: torch.Tensor, run: Run
-) -> tuple[torch.Tensor, list[dict[str, float]]]:
-    """Train one prompt, or load it if it is finished; returns it with the log of its run."""
-    folder = run.folder.absolute() / f"{stream}-run"
+def _train(opo: OPOModel, run: Run) -> list[dict[str, float]]:
+    """Train both prompts, or load them if they are finished; returns the log of the run."""
+    folder = run.folder.absolute() / RUN_NAME
     if (folder / LOG_NAME).is_file():
-        prompt = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
-        return prompt, json.loads((folder / LOG_NAME).read_text(encoding="utf-8"))
-    opo = OPOModel.from_prompt(model, initial, share_instruction_kv=run.options.share_instruction_kv)
+        opo.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME))
+        return json.loads((folder / LOG_NAME).read_text(encoding="utf-8"))
     checkpoint = _last_checkpoint(folder)
     trainer = OPOTrainer(
-        stream,
         run.options,
         model=opo,
-        args=_stream_arguments(stream, folder, checkpoint, run),
+        args=_run_arguments(folder, checkpoint, run),
         train_dataset=run.examples.train,
         eval_dataset=run.examples.held_out or None,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if run.args.should_save:
-        opo.save_pretrained(str(folder))
+        save_file(opo.state_dict(), folder / SAFE_WEIGHTS_NAME)
         _write_json(folder / LOG_NAME, trainer.state.log_history)
-    return opo.soft_prompt.detach().cpu().clone(), trainer.state.log_history
+    return trainer.state.log_history
 
 
-def _stream_arguments(stream: str, folder: Path, checkpoint: str | None, run: Run) -> TrainingArguments:
-    """The arguments of the Trainer's run for one stream."""
+def _run_arguments(folder: Path, checkpoint: str | None, run: Run) -> TrainingArguments:
+    """The arguments of the Trainer."""
     args = copy.copy(run.args)
     args.output_dir = str(folder)
-    args.run_name = f"{args.run_name or Path(args.output_dir).parent.name}-{stream}"
+    args.run_name = args.run_name or folder.parent.name
     args.remove_unused_columns = False  # `collate` needs what the model's forward does not name
     args.push_to_hub = False  # the finished pair is pushed, not the checkpoints
-    if stream == "adversarial":
-        args.num_train_epochs = run.options.adversarial_epochs
     if checkpoint:
         args.eval_on_start = False  # it is not the start
     if not run.options.held_out_fraction:
@@ -256,7 +248,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def _held_out_summary(log: list[dict[str, float]], args: TrainingArguments) -> dict[str, dict[str, float]]:
     """The held-out losses before training, if that was evaluated, and of the prompt that was kept."""
-    names = ("epoch", "eval_loss", *(f"eval_{term}" for term in TERMS))
+    names = ("epoch", "eval_loss", *(f"eval_{name}" for name in NAMES))
     evaluations = [
         {n.removeprefix("eval_"): line[n] for n in names if n in line} for line in log if "eval_loss" in line
     ]

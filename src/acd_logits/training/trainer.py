@@ -1,4 +1,4 @@
-"""transformers' Trainer with the losses of eq. 3 and 4.
+"""transformers' Trainer with the losses of SP, AP and their contrast.
 
 "Mean over tokens" in eq. 3 and 4 is the mean over all tokens of a split in one optimiser step, over every process and
 every micro-batch: the sum of the losses is divided by a count that was gathered before the step. So gradient
@@ -15,7 +15,8 @@ from transformers import Trainer
 
 from ..anchors import SPLITS
 from .data import IGNORED, collate, leave_out_apologies, refusal_openings
-from .loss import TERMS, count_tokens, opo_loss
+from .loss import TERMS, count_tokens, joint_loss
+from .model import trim
 from .sampler import BalancedSampler
 
 if TYPE_CHECKING:
@@ -27,27 +28,31 @@ if TYPE_CHECKING:
     from .data import Batch, Example
 
 PLAIN_CACHE_BYTES = 2 << 30  # so much of the plain model's logits is kept for the KL forms of L_r
+# Each term of each loss as it stands in the log: over all tokens of the responses, and over their first ones
+NAMES = [f"{stream}_{term}{which}" for which in ("", "_first") for stream in ("SP", "AP", "ACD") for term in TERMS]
 
 
 class OPOTrainer(Trainer):
-    """transformers' Trainer with the loss of eq. 3 or 4, each of its terms in the log.
+    """transformers' Trainer with the losses of eq. 3, 4 and 5, each of their terms in the log.
+
+    Sums and counts of tokens have a shape of `[2, 3, 3]`: all tokens and first tokens; SP, AP and the contrast; L_p,
+    L_n and L_r.
 
     Args:
-        stream: "safeguarding" or "adversarial".
         options: weights of the terms and the form of L_r.
         kwargs: as of `Trainer`; the model is an [`OPOModel`].
     """
 
-    def __init__(self, stream: str, options: OPOArguments, **kwargs: Any) -> None:
+    def __init__(self, options: OPOArguments, **kwargs: Any) -> None:
         self._refused = refusal_openings(kwargs["train_dataset"]) if options.retain == "answer" else []
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = kwargs[name] and leave_out_apologies(kwargs[name], self._refused)
         super().__init__(data_collator=collate, compute_metrics=self._held_out_loss, **kwargs)
-        self.stream, self.options = stream, options
+        self.options = options
         self.model_accepts_loss_kwargs = True  # our mean is over all micro-batches: nothing is left to divide
         self._plain: dict[tuple[int, ...], torch.Tensor] = {}
-        # Sums and token counts of the three terms since the last line of the log
-        self._logged = torch.zeros(2, len(TERMS), device=self.args.device)
+        # Sums and token counts of the terms since the last line of the log
+        self._logged = torch.zeros(2, 2, 3, 3, device=self.args.device)
 
     def _get_train_sampler(
         self, train_dataset: Sequence[Example] | None = None
@@ -62,17 +67,16 @@ class OPOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor]:
-        """Fetch the micro-batches of one step, and count each term's tokens in them over all processes, `[3]`."""
+        """Fetch the micro-batches of one step, and count each term's tokens in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         loader = self.accelerator.gradient_state
         if batches and loader.end_of_dataloader and loader.remainder > 0:
             # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice
             first = max(0, loader.remainder - self.args.process_index * len(batches[-1]["labels"]))
             batches[-1]["labels"][first:] = batches[-1]["avoided"][first:] = IGNORED
-        counts = torch.zeros(len(TERMS), device=device)
+        counts = torch.zeros(2, 3, 3, device=device)
         for batch in batches:
-            tokens = count_tokens(batch["labels"], batch["avoided"], batch["splits"], self.stream)
-            counts += tokens.sum(0).to(device)
+            counts += _counts(batch).sum(0).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
@@ -84,7 +88,7 @@ class OPOTrainer(Trainer):
     ) -> torch.Tensor:
         """This micro-batch's share of the step's loss."""
         assert num_items_in_batch is not None
-        sums, counts = self._sums(model, inputs)
+        sums, counts = self._sums(model, inputs), _counts(inputs)
         self._logged += torch.stack([sums.detach().sum(0), counts.sum(0)])
         loss = self._weighted(sums.sum(0) / num_items_in_batch.clamp(min=1))
         _check_finite(loss.item(), self.state.global_step)
@@ -94,52 +98,74 @@ class OPOTrainer(Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Sums and token counts of each row, `[B, 3]`, in the places of logits and labels."""
+        """Sums and token counts of each row, `[B, 2, 3, 3]`, in the places of logits and labels."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return None, *self._sums(model, self._prepare_inputs(inputs))
+            return None, self._sums(model, inputs), _counts(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add L_p, L_n and L_r, over the tokens since the last line, to a line of the training log."""
+        """Add the terms, over the tokens since the last line, to a line of the training log."""
         if "loss" in logs:
             logs = logs | _means(*self.accelerator.reduce(self._logged, reduction="sum"))
             self._logged.zero_()
         super().log(logs, start_time)
 
-    def _sums(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
-        avoided, splits = inputs["avoided"], inputs["splits"]
-        plain = None
-        if self.options.retain != "ce":
-            safe = splits == SPLITS.index("D_S")
-            plain = self._plain_logits(ids[safe], mask[safe], labels[safe]) if safe.any() else None
-        logits = model(ids, mask, labels.shape[1])
-        sums = opo_loss(logits, labels, avoided, splits, self.stream, plain)
-        return sums, count_tokens(labels, avoided, splits, self.stream)
+    def _sums(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+        """What each row adds to the terms, `[B, 2, 3, 3]`."""
+        labels, avoided, splits = (inputs[name] for name in ("labels", "avoided", "splits"))
+        sums = torch.zeros(len(labels), 2, 3, 3, device=labels.device)
+        for rows, logits in model(inputs["input_ids"], inputs["attention_mask"], labels):
+            safe, adversarial = logits["safeguarding"], logits["adversarial"]
+            y, y_avoided = (tokens[rows, : safe.shape[1]] for tokens in (labels, avoided))
+            plain = None if self.options.retain == "ce" else self._plain_logits(inputs, rows, safe.shape[1])
+            of_part = [
+                joint_loss(
+                    safe[:, :stop],
+                    adversarial[:, :stop],
+                    y[:, :stop],
+                    y_avoided[:, :stop],
+                    splits[rows],
+                    self.options.alpha,
+                    None if plain is None else plain[:, :stop],
+                )
+                for stop in (None, 1)
+            ]
+            sums = sums.index_put((rows,), torch.stack(of_part, 1))
+        return sums
 
-    def _plain_logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, R, vocab]` without the soft prompt: a row's stay as they are, and are computed once.
+    def _plain_logits(self, inputs: Batch, rows: torch.Tensor, response_length: int) -> torch.Tensor:
+        """Logits `[b, response_length, vocab]` without a prompt, of those of the rows that are of D_S.
 
-        With `--retain answer`, no response begins with a token that refusals begin with.
+        A row's stay as they are, and are computed once. With `--retain answer`, no response begins with a token that
+        refusals begin with.
         """
-        rows = zip(ids, mask.bool(), labels != IGNORED, strict=True)
-        keys = [(int(response.sum()), *row[kept].tolist()) for row, kept, response in rows]
+        rows = rows[inputs["splits"][rows] == SPLITS.index("D_S")]
+        if not len(rows):
+            return torch.zeros(0, response_length, 1, device=rows.device)
+        ids, mask, labels = (inputs[name][rows] for name in ("input_ids", "attention_mask", "labels"))
+        responses = labels != IGNORED
+        keys = [
+            (int(response.sum()), *row[kept].tolist())
+            for row, kept, response in zip(ids, mask.bool(), responses, strict=True)
+        ]
         new = [i for i, key in enumerate(keys) if key not in self._plain]
         found = {key: self._plain[key] for key in keys if key in self._plain}
         if new:
+            part = trim(ids[new], mask[new], labels[new])
             # This goes past the wrapper of several processes, which would wait for one that has no such rows
-            with torch.no_grad():
-                logits = self.model(ids[new], mask[new], labels.shape[1], prompted=False)
-            for i, row in zip(new, logits, strict=True):
+            for i, row in zip(new, self.model.plain_logits(*part), strict=True):
                 row[0, self._refused] = torch.finfo(row.dtype).min
-                found[keys[i]] = row[labels[i] != IGNORED].cpu()
+                found[keys[i]] = row[responses[i, : len(row)]].cpu()
             if sum(logits.nbytes for logits in self._plain.values()) < PLAIN_CACHE_BYTES:
                 self._plain |= found
         padded = torch.nn.utils.rnn.pad_sequence([found[key] for key in keys], batch_first=True)
-        missing = labels.shape[1] - padded.shape[1]
+        missing = response_length - padded.shape[1]
         return torch.nn.functional.pad(padded, (0, 0, 0, missing)).to(ids.device)
 
-    def _weighted(self, terms: torch.Tensor) -> torch.Tensor:
-        return (terms * torch.tensor(self.options.weights, device=terms.device)).sum()
+    def _weighted(self, means: torch.Tensor) -> torch.Tensor:
+        """L_S + L_A + L_C, from the terms' means."""
+        weights = torch.tensor(self.options.weights, device=means.device)
+        return ((means[0] + self.options.first_token_weight * means[1]) * weights).sum()
 
     def _held_out_loss(self, prediction: EvalPrediction) -> dict[str, float]:
         """Means over all held-out tokens; "loss" chooses the best checkpoint."""
@@ -149,8 +175,15 @@ class OPOTrainer(Trainer):
         return {"loss": loss} | _means(sums, counts)
 
 
+def _counts(inputs: Batch) -> torch.Tensor:
+    """Tokens of each row that the terms are means over, `[B, 2, 3, 3]`."""
+    labels, avoided = inputs["labels"], inputs["avoided"]
+    return torch.stack([count_tokens(labels[:, :s], avoided[:, :s], inputs["splits"]) for s in (None, 1)], dim=1)
+
+
 def _means(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
-    return {name: (s / n).item() for name, s, n in zip(TERMS, sums, counts, strict=True) if n > 0}
+    values = zip(NAMES, sums.flatten(), counts.flatten(), strict=True)
+    return {name: (s / n).item() for name, s, n in values if n > 0}
 
 
 def _check_finite(loss: float, step: int) -> None:

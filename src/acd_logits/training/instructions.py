@@ -1,0 +1,89 @@
+"""Keys and values of instructions that see no prompt: those of the plain model, computed once for all steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from ..pairs.key_values import KeyValues
+
+TOGETHER = 8  # instructions run at a time
+CACHE_BYTES = 4 << 30  # so much of the instructions' keys and values is kept; those beyond are computed anew
+
+
+class InstructionCache:
+    """The plain model's keys and values of instructions.
+
+    Args:
+        model: the frozen model, with full attention over plain keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+        self._bytes = 0
+        self._devices: list[torch.device] = []  # of the layers
+
+    def __call__(self, instructions: Sequence[tuple[int, ...]]) -> list[KeyValues]:
+        """Keys and values of each layer, `[B, heads, T, head_dim]`, padded with zeros on the right.
+
+        Args:
+            instructions: B rows of token ids; a row may be empty.
+        """
+        new = sorted({row for row in instructions if row and row not in self._kept}, key=len)
+        found: dict[tuple[int, ...], torch.Tensor] = {}
+        for start in range(0, len(new), TOGETHER):  # rows of like length make little padding
+            found |= dict(
+                zip(new[start : start + TOGETHER], self._compute(new[start : start + TOGETHER]), strict=True)
+            )
+        for row, states in found.items():
+            if self._bytes + states.nbytes <= CACHE_BYTES:
+                self._kept[row] = states
+                self._bytes += states.nbytes
+        found |= {row: self._kept[row] for row in instructions if row in self._kept}
+        if not found:  # prompts of one token
+            return []
+        nothing = next(iter(found.values()))[:0]
+        rows = torch.nn.utils.rnn.pad_sequence([found.get(row, nothing) for row in instructions], batch_first=True)
+        halves = (layer.transpose(1, 3).unbind(2) for layer in rows.unbind(2))
+        devices = zip(halves, self._devices, strict=True)
+        return [(keys.to(device), values.to(device)) for (keys, values), device in devices]
+
+    @torch.no_grad()
+    def _compute(self, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+        """The states of each row, `[tokens, layers, 2, heads, head_dim]`; what all rows begin with is run once."""
+        device = self.model.device
+        common = common_length(rows)
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        if common:
+            prefix = torch.tensor([rows[0][:common]], device=device)
+            self.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(rows))
+        rest = [torch.tensor(row[common:], dtype=torch.long) for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True).to(device)  # on the right, which none sees
+        if padded.shape[1]:
+            self.model(input_ids=padded, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._devices = [layer.keys.device for layer in cache.layers]
+        # [rows, tokens, layers, 2, heads, head_dim]
+        states = torch.stack(
+            [
+                torch.stack([kv.transpose(1, 2).to(device) for kv in (layer.keys, layer.values)], 2)
+                for layer in cache.layers
+            ],
+            2,
+        )
+        return [row_states[: len(row)].clone() for row, row_states in zip(rows, states, strict=True)]
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    columns = zip(*rows, strict=False)
+    different = (i for i, column in enumerate(columns) if len(set(column)) > 1)
+    return next(different, min(map(len, rows), default=0))
