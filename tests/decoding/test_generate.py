@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from acd_logits import ACDLogitsProcessor
-from conftest import DEVICE, HIDDEN, VOCAB, assert_same, build_batch, build_model, build_pair
+from conftest import DEVICE, HIDDEN, VOCAB, assert_same, build_batch, build_key_value_pair, build_model, build_pair
 from reference import ReferenceProcessor
 
 ALPHA, BETA, NEW = 0.6, 0.05, 14
@@ -448,15 +448,19 @@ def counting_backend():
     return backend, graphs
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_a_compiled_forward_stays_compiled(share):
+@pytest.mark.parametrize(
+    "pair",
+    [build_pair(), build_pair(share_instruction_kv=True), build_key_value_pair()],
+    ids=["paired", "shared", "kv"],
+)
+def test_a_compiled_forward_stays_compiled(pair):
     """However many tokens are made, nothing is compiled again."""
     counts = []
     for new_tokens in (6, 80):
         torch._dynamo.reset()
         model, (backend, graphs) = build_model(), counting_backend()
         model.forward = torch.compile(model.forward, backend=backend)
-        acd = ACDLogitsProcessor(model, build_pair(share_instruction_kv=share))
+        acd = ACDLogitsProcessor(model, pair)
         model.generate(**build_batch(), logits_processor=[acd], do_sample=False, max_new_tokens=new_tokens)
         counts.append(len(graphs))
     assert counts[0] == counts[1] > 0

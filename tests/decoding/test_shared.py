@@ -270,6 +270,14 @@ class TestKeyValuePrompts:
         ):
             generate(model, build_batch((7,)), acd)
 
+    def test_a_config_that_says_otherwise_than_the_model(self, model):
+        """Nothing is copied to more heads than it was made for."""
+        inputs, pair = build_batch(), build_key_value_pair(sizes=(3, 1, 8))
+        model.config.num_key_value_heads = 1
+        acd = ACDLogitsProcessor(model, pair)
+        with pytest.raises(ValueError, match=r"keeps keys and values of \[\(3, 2, 8\)\], .* has \[\(3, 1, 8\)\]"):
+            generate(model, inputs, acd)
+
     def test_the_cache_of_an_embedding_pair(self, model):
         inputs = build_batch((9,))
         first = generate(model, inputs, ACDLogitsProcessor(model, build_pair(), share_instruction_kv=True))

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import set_seed
 
 from acd_logits import ACDLogitsProcessor
-from conftest import assert_same, build_batch, build_model, build_pair
+from conftest import assert_same, build_batch, build_key_value_pair, build_model, build_pair
 from reference import ReferenceProcessor, SharedReference
 
 NAMES = ["llama", "gpt2", "mixtral"]
@@ -81,9 +81,13 @@ class Options:
     beta: float = 0.0
     horizon: int | None = None
     share: bool = False
+    key_value: bool = False  # if shared
 
     def __post_init__(self):
-        self.pair = build_pair(*self.prompt_lengths, share_instruction_kv=self.share)
+        if self.share and self.key_value:
+            self.pair = build_key_value_pair(*self.prompt_lengths)
+        else:
+            self.pair = build_pair(*self.prompt_lengths, share_instruction_kv=self.share)
 
     @property
     def per_row(self):
@@ -487,6 +491,7 @@ OPTIONS = st.builds(
     beta=st.sampled_from([0.0, 0.1]),
     horizon=st.sampled_from([None, 2]),
     share=st.booleans(),
+    key_value=st.booleans(),
 )
 
 

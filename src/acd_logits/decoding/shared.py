@@ -65,10 +65,22 @@ class SharedStreams(PairedStreams):
         self.reusable = True  # texts long enough to change the frequencies are refused
 
     def key_values_like(self, cache: Cache) -> list[KeyValues | None]:
-        """Key-value prompts in the dtype, and on the device, that each layer of a filled cache has.
+        """Key-value prompts for each layer of a filled cache, in its dtype and on its device.
 
-        `[1, heads, n_s + n_a, head_dim]`.
+        Returns:
+            Keys and values per layer, each `[1, kv_heads, n_s + n_a, head_dim]`.
+
+        Raises:
+            ValueError: the cache has other sizes. Where there is one head, it would be copied to all by broadcasting.
         """
+        ours = {(self.prompts[0].shape[1], *self.prompts[0].shape[3:])}
+        parts = (part for layer in cache.layers for part in (layer.keys, layer.values))
+        found = {(len(cache.layers), *part.shape[1::2]) for part in parts}
+        if found != ours:
+            raise ValueError(
+                f"{type(self.model).__name__} keeps keys and values of {sorted(found)}, the prompt pair has "
+                f"{sorted(ours)} (layers, key-value heads, head size): use a pair made for this model."
+            )
         layers: list[KeyValues | None] = []
         for index, layer in enumerate(cache.layers):
             keys, values = torch.cat([prompt[:, index].to(layer.keys.device) for prompt in self.prompts]).unbind(1)
@@ -113,15 +125,13 @@ class SharedCache(PairedCache):
         """
         limit = self.streams.long_from
         if limit is not None and max_length > limit:
-            what, cure = (
-                "share_instruction_kv computes the soft prompts' keys apart from the text",
-                "leave it out, or ",
-            )
+            what = "share_instruction_kv computes the soft prompts' keys apart from the text"
             if self.streams.key_value:
-                what, cure = "key-value prompts keep their keys whatever the text", ""
+                what = "key-value prompts keep their keys whatever the text"
             raise ValueError(
                 f"{what}, and beyond {limit} tokens {type(self.streams.model).__name__} has other rotary frequencies: "
-                f"{cure}let prompt and new tokens fit into {limit} tokens."
+                f"{'' if self.streams.key_value else 'leave it out, or '}let prompt and new tokens fit into {limit} "
+                "tokens."
             )
         # With use_cache=False every forward needs them
         self._prompts: list[KeyValues | None] | None = None
