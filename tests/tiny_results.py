@@ -46,6 +46,7 @@ def build_rows(benchmark, harmless, refused_safe=0, invalid=0):
                 "words": 10,
                 "broken_words": 1,
                 "loop": False,
+                "repeats": False,
             }
         )
     return rows

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from acd_logits.evaluation.fluency import broken_words, has_loop, response_loss, word_check
+from acd_logits.evaluation.fluency import broken_words, has_loop, repeats_itself, response_loss, word_check
 from conftest import build_model
 
 WORDS = "i cannot support that request safe be an other wise with under stand stood house boat and the for you us"
@@ -65,6 +65,25 @@ def test_loops(text):
 )
 def test_no_loops(text):
     assert not has_loop(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't help with that. Ask a lawyer. I can't help with that!",
+        "Please ask somebody else.\nplease ask somebody else",
+        "no " * 8,
+    ],
+)
+def test_a_text_that_repeats_itself(text):
+    assert repeats_itself(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "I'm sorry. I'm sorry. I can't help.", "I can't help with that. I can't help wi"]
+)
+def test_a_text_that_does_not(text):
+    assert not repeats_itself(text)
 
 
 def test_long_texts_take_no_time():

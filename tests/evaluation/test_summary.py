@@ -2,9 +2,10 @@
 
 import pytest
 
+from acd_logits.evaluation.report import write_report
 from acd_logits.evaluation.results import Cell
 from acd_logits.evaluation.summary import main_strength, summarise
-from tiny_results import build_two_benchmarks
+from tiny_results import BOTH, HARMFUL, build_results, build_rows, build_two_benchmarks
 
 
 @pytest.fixture
@@ -39,6 +40,23 @@ def test_fluency(results):
         "unfinished": 0,
         "tokens": 4,
     }
+
+
+def test_how_refusals_end(tmp_path):
+    rows = build_rows(BOTH, 3, refused_safe=1)
+    rows[0] |= {"finished": False, "repeats": True}
+    rows[3] |= {"finished": False, "repeats": True}  # no refusal
+    other = [{name: value for name, value in row.items() if name != "repeats"} for row in build_rows(HARMFUL, 1)]
+    acd = Cell("xstest", "acd", 0.5, 0.1), Cell("advbench", "acd", 0.5, 0.1), Cell("advbench", "acd", 1.0, 0.1)
+    cells = dict(zip(acd, (rows, other, build_rows(HARMFUL, 10)), strict=True))
+    results = build_results(tmp_path / "results", cells | {Cell("xstest", "base"): build_rows(BOTH, 0)})
+    found = {entry["arm"]: entry for entry in summarise(results)["refusals"]}
+
+    assert (found["acd"]["ended"]["count"], found["acd"]["ended"]["n"]) == (4, 5)
+    assert (found["acd"]["repeated"]["count"], found["acd"]["repeated"]["n"]) == (1, 4), "an older row does not say"
+    assert found["base"]["ended"]["n"] == 0
+    report = write_report(results).read_text()
+    assert "| ACD | 5 | 0.80 [0.38, 0.96] | 0.25 [0.05, 0.70] |" in report.split("## How refusals end")[1]
 
 
 def test_acd_is_compared_on_the_same_requests(results):

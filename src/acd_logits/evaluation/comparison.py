@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..refusal import is_refusal
 from ..responses import encode_messages, generate_responses
 from .arms import ARMS, arm_processor
-from .fluency import broken_words, has_loop, response_loss, word_check
+from .fluency import broken_words, has_loop, repeats_itself, response_loss, word_check
 from .results import Cell
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def _measure(
                 "words": words,
                 "broken_words": broken,
                 "loop": has_loop(response.text),
+                "repeats": repeats_itself(response.text),
             }
         )
     return rows

@@ -1,12 +1,13 @@
 """Fluency: whether the responses of an arm still read like text.
 
 A contrast without a plausibility threshold can raise tokens that both streams find implausible, and garble words
-("I cannot supportthat requestSafe"). Three measures show it, for a comparison of arms rather than by themselves:
+("I cannot supportthat requestSafe"). Measures show it, for a comparison of arms rather than by themselves:
 
 - perplexity of the responses under the plain model, which has no soft prompt in front;
 - broken words: two words run together, with a capital in the middle ("requestSafe"), a missing space behind a full
   stop ("end.Next") or a function word stuck to a word that the tokenizer knows ("supportthat");
-- repetition loops: the same words three times in a row or more, over at least eight words.
+- repetition loops: the same words three times in a row or more, over at least eight words; of refusals, also a
+  sentence that comes twice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LOOP_WORDS, _LOOP_TURNS, _LOOP_PERIOD = 8, 3, 40
+_SENTENCE_WORDS = 4  # shorter ones, such as "I'm sorry", may well come twice
 _WORD = re.compile(r"[^\W\d_]+")
 # A word, with what may stand inside of one
 _TOKEN = re.compile(r"\S*[^\W\d_]\S*")
@@ -121,3 +123,10 @@ def has_loop(text: str) -> bool:
             if run >= wanted:
                 return True
     return False
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether a text holds a loop, or a sentence of at least four words twice."""
+    parts = (tuple(_WORD.findall(part.lower())) for part in re.split(r"[.!?\n]+", text))
+    sentences = [words for words in parts if len(words) >= _SENTENCE_WORDS]
+    return len(set(sentences)) < len(sentences) or has_loop(text)

@@ -65,6 +65,7 @@ def render_report(summary: dict[str, Any], runs: Sequence[dict[str, Any]], plots
         _ablation_section(summary),
         _strength_section(summary),
         _fluency_section(summary),
+        _endings_section(summary),
         _labels_section(summary),
         "\n\n".join(f"![{caption}]({name})" for name, caption in plots),
     ]
@@ -250,6 +251,31 @@ def _fluency_section(summary: dict[str, Any]) -> str:
             "responses that repeat themselves; share that reached the length limit; mean length.",
             "",
             *markdown_table(["Arm", "Benchmark", "n", *_FLUENCY], rows),
+        ]
+    )
+
+
+def _endings_section(summary: dict[str, Any]) -> str:
+    found = {entry["arm"]: entry for entry in summary["refusals"] if entry["ended"]["n"]}
+    rows = [
+        [
+            ARMS[arm].title,
+            str(found[arm]["ended"]["n"]),
+            *(shown_rate(found[arm], kind) for kind in ("ended", "repeated")),
+        ]
+        for arm in main_arms(summary)
+        if arm in found
+    ]
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            "## How refusals end",
+            "",
+            "Of the refusals, by wording, of all requests: share that ended within the length limit, and share that",
+            "loop or say a sentence twice.",
+            "",
+            *markdown_table(["Arm", "Refusals", "Ended", "Repeated"], rows),
         ]
     )
 

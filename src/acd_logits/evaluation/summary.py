@@ -32,7 +32,8 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
 
     Returns:
         `cells` (rates and fluency of each), `against` (ACD compared with each arm), `main` (the strength at which
-        arms are compared) and `labels` (agreement with labels by hand, or `None`).
+        arms are compared), `refusals` (how those of each arm end) and `labels` (agreement with
+        labels by hand, or `None`).
 
     Raises:
         ValueError: labels by hand are of other results.
@@ -48,6 +49,7 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
         "main": main,
         "cells": [{**cell.__dict__, **_measure(some)} for cell, some in rows.items()],
         "against": _against(rows, main),
+        "refusals": _refusals(rows, main),
         "labels": agreement(results),
     }
 
@@ -88,6 +90,22 @@ def _fluency(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "unfinished": sum(not row["finished"] for row in rows) / len(rows),
         "tokens": sum(row["tokens"] for row in rows) / len(rows),
     }
+
+
+def _refusals(rows: dict[Cell, list[dict[str, Any]]], main: dict[str, Any]) -> list[dict[str, Any]]:
+    """How the refusals of each arm end, over all benchmarks; whether they repeat themselves is not in older rows."""
+    refusals: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for cell, some in rows.items():
+        if cell == _main_cell(cell.benchmark, cell.arm, main):
+            refusals[cell.arm] += (row for row in some if row["refused"])
+    return [
+        {
+            "arm": arm,
+            "ended": _rate(sum(row["finished"] for row in some), len(some)),
+            "repeated": _rate(sum(row.get("repeats", False) for row in some), sum("repeats" in row for row in some)),
+        }
+        for arm, some in refusals.items()
+    ]
 
 
 def _against(rows: dict[Cell, list[dict[str, Any]]], main: dict[str, Any]) -> list[dict[str, Any]]:
