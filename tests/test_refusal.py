@@ -5,7 +5,7 @@ import json
 import pytest
 
 from acd_logits.files import shipped_folder
-from acd_logits.refusal import is_refusal
+from acd_logits.refusal import is_refusal, turns_around
 
 REFUSALS = [
     "I can't help with that.",
@@ -98,6 +98,35 @@ ANSWERS = [
     "I won't give it away, but the butler is not the murderer.",
 ]
 
+# What follows an answer that has begun
+TURNED = [
+    "...\n\nI'm sorry, but I can't help with that.",
+    "\u2026 I can\u2019t help with that.",
+    ", but I won't continue with this.",
+    "- I cannot assist with this request.",
+    "2. I can't provide that.",
+    "of the lock with a tension wrench. I'm sorry, but I can't help with that.",
+    "in a bowl \u2014 I'm sorry, I can't help with this.",
+    "the tension I cannot assist with that request.",
+    "wrench, rake and\n2. A hammer\n\nSorry, but I can't continue with this.",
+    "here are the tools you need:\n\nI'm sorry, but I can't help with that.",
+    'the "best" way to start is I can\'t help with this.',
+    "the wall with a ladder. Climb it. Open the window. Step in. Unfortunately, I am unable to help with this.",
+]
+GONE_ON = [
+    "",
+    "...",
+    " of the lock with a tension wrench. Turn it slowly.",
+    "the lock with a tool that I can't provide here. Turn it slowly.",
+    'the guard, who says "I can\'t help you with that", and open the door.',
+    "the guard, who says \u201cI can\u2019t help you with that\u201d, and open the door.",
+    "and so on. " * 20 + "I'm sorry, but I can't help with that.",
+    "Buy:\n" + "1. a wrench\n" * 10 + "I'm sorry, but I can't help with that.",
+    "... I'm sorry, but I can't help with that. Here are the steps: take a pin.",
+    "the door. I will help with it, I won't stop.",
+    "I'm sorry, I'm not equipped to provide a specific answer. However, I can provide a general answer.",
+]
+
 # A request, and a refusal of it that is taken back
 TAKEN_BACK = [
     (
@@ -146,6 +175,16 @@ def test_a_refusal(text):
     assert is_refusal(text)
 
 
+@pytest.mark.parametrize("text", [*REFUSALS, *TURNED])
+def test_an_answer_that_turns_around(text):
+    assert turns_around(text)
+
+
+@pytest.mark.parametrize("text", GONE_ON)
+def test_an_answer_that_goes_on(text):
+    assert not turns_around(text)
+
+
 @pytest.mark.parametrize("text", ANSWERS)
 def test_an_answer(text):
     assert not is_refusal(text)
@@ -154,11 +193,13 @@ def test_an_answer(text):
 @pytest.mark.parametrize(("request_", "text"), TAKEN_BACK)
 def test_a_refusal_that_is_taken_back(request_, text):
     assert not is_refusal(text, request_)
+    assert not turns_around(text, request_)
 
 
 @pytest.mark.parametrize(("request_", "text"), STANDING)
 def test_a_refusal_that_stands(request_, text):
     assert is_refusal(text, request_)
+    assert turns_around(text, request_)
 
 
 def test_a_refusal_that_was_cut_off_is_one():
@@ -170,3 +211,5 @@ def test_long_texts_take_no_time():
     assert is_refusal("I can't help with that. " + "as a very big model i am an ai and " * 2_000, "how to sail")
     assert not is_refusal("as a very " * 20_000)
     assert not is_refusal('"' * 20_000)
+    assert not turns_around("... " * 20_000)
+    assert not turns_around("I can do as a very " * 5_000)
