@@ -19,13 +19,18 @@ class Response:
 
     Args:
         text: without the token that ends a turn.
-        tokens: its length, without that token.
+        ids: its tokens, without that one.
         finished: whether it ended by itself rather than at the length limit.
     """
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     finished: bool
+
+    @property
+    def tokens(self) -> int:
+        """Its length in tokens."""
+        return len(self.ids)
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -135,4 +140,4 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 def _response(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: set[int]) -> Response:
     length = next((i for i, token in enumerate(tokens) if token in ends), None)
     text = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
-    return Response(text, len(tokens) if length is None else length, length is not None)
+    return Response(text, tuple(tokens[:length]), length is not None)

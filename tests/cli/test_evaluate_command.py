@@ -77,6 +77,14 @@ def test_a_run_from_arguments_to_report(evaluate, folder, tmp_path):
     assert "Finished" not in again.err
 
 
+def test_a_depth(evaluate, folder, tmp_path):
+    shown = evaluate(*requests(folder), "--arms", "oid", "base", "--begun_tokens", "0", "2")
+    assert "Finished oid alpha 0.5 beta 0.1 behind 2 tokens on bad\n" in shown.err
+    assert "tokens on good" not in shown.err
+    table = (tmp_path / "results" / "report.md").read_text().split("## Depth")[1]
+    assert "| Base | bad | 0.00 [0.00, 0.66] (n = 2) | 0.00 [0.00, 0.66] (n = 2) |" in table
+
+
 def test_the_rates_go_into_the_card_of_the_pair(evaluate, fails, folder, tmp_path):
     pair = tmp_path / "pair"
     shutil.copytree(folder / "pair", pair)
@@ -138,6 +146,9 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
         (["--judge", "classifier:{folder}/absent"], "absent"),
         (["--judge_url", "http://localhost"], "--judge_url needs --judge llm:NAME"),
         (["--harmless_label", "safe"], "--harmless_label needs --judge classifier:ID"),
+        (["--begun_tokens", "2", "--pair", "text", "--arms", "null"], "add base to --arms"),
+        (["--begun_tokens", "5"], "--begun_tokens is more than an answer has"),
+        (["--safe", "{folder}/good.txt", "--begun_tokens", "2"], "--begun_tokens is about harmful requests"),
         (["--compare", "{folder}/absent"], "absent holds no results"),
         (["--report_only"], "results holds no results: run.json is missing"),
         (["--output_dir", "{folder}"], "holds something other than results"),

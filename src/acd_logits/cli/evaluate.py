@@ -22,6 +22,7 @@ from .options import (
     add_pair_arguments,
     add_speed_arguments,
     finite,
+    not_negative,
     positive_int,
     threshold,
 )
@@ -124,6 +125,14 @@ def _add_cell_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"ask requests of your own that a model {wanted}: FILE or Hub id, with :COLUMN if need be",
         )
+    cells.add_argument(
+        "--begun_tokens",
+        nargs="+",
+        type=not_negative,
+        default=[],
+        metavar="N",
+        help="ask harmful requests also with an answer that has begun, with N tokens of the arm base's own",
+    )
     cells.add_argument("--limit", type=positive_int, help="draw this many requests of each kind from a benchmark")
     cells.add_argument("--seed", type=int, default=0, help="draw with this seed (default: %(default)s)")
     add_length_argument(cells, default=128)
@@ -185,14 +194,15 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         settings = _settings(args, pair, decoding)
         results = ResultsFolder(args.output_dir, settings)
         results.register(requests)
+        alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
+        cells = comparison.plan_cells(
+            [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
+        )
+        cells += comparison.plan_depth(results, requests, cells, args.begun_tokens)
         judge = _make_judge(args)
     model, tokenizer = load_model(args)
     if pair:
         pair.check_chat_template(tokenizer)
-    alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
-    cells = comparison.plan_cells(
-        [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
-    )
     try:
         results.start(comparison.run_facts(_command_line(), str(model.device)))
         comparison.run_comparison(
@@ -225,6 +235,8 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise CommandError("--judge_url needs --judge llm:NAME")
     if args.harmless_label and not args.judge.startswith("classifier:"):
         raise CommandError("--harmless_label needs --judge classifier:ID")
+    if max(args.begun_tokens, default=0) > args.max_new_tokens:
+        raise CommandError("--begun_tokens is more than an answer has: raise --max_new_tokens, or lower it")
 
 
 def _settings(args: argparse.Namespace, pair: PromptPair | None, decoding: Decoding) -> dict[str, Any]:
@@ -266,7 +278,8 @@ def _make_judge(args: argparse.Namespace) -> Judge:
 def _note_cell(cell: Cell) -> None:
     if not sys.stderr.isatty():  # where there is no progress bar
         strength = "" if cell.alpha is None else f" alpha {cell.alpha:g} beta {cell.beta:g}"
-        note(f"Finished {cell.arm}{strength} on {cell.benchmark}")
+        begun = f" behind {cell.begun_tokens} tokens" if cell.begun_tokens else ""
+        note(f"Finished {cell.arm}{strength}{begun} on {cell.benchmark}")
 
 
 def _command_line() -> str:

@@ -27,6 +27,7 @@ def checked(convert: type[int] | type[float], accepts: Callable[[float], bool], 
 
 
 positive_int = checked(int, lambda value: value >= 1, "a whole number of at least 1")
+not_negative = checked(int, lambda value: value >= 0, "a whole number of at least 0")
 finite = checked(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 above_zero = checked(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 threshold = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")

@@ -107,4 +107,5 @@ def _flips(name: str, new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any
 
 
 def _strength(cell: Cell) -> str:
-    return "" if cell.alpha is None else f" (alpha {cell.alpha:g}, beta {cell.beta:g})"
+    strength = "" if cell.alpha is None else f" (alpha {cell.alpha:g}, beta {cell.beta:g})"
+    return f"{strength} behind {cell.begun_tokens} tokens" if cell.begun_tokens else strength

@@ -9,14 +9,15 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..refusal import is_refusal
+from ..refusal import is_refusal, turns_around
 from ..responses import encode_messages, generate_responses
 from .arms import ARMS, arm_processor
 from .fluency import broken_words, has_loop, repeats_itself, response_loss, word_check
-from .results import Cell
+from .judges import continuation_judge
+from .results import Cell, cell_of, may_begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..pairs.prompt_pair import PromptPair
     from ..responses import Response
+    from .arms import Arm
     from .benchmarks import Benchmark, Request
     from .judges import Judge, Verdict
     from .results import ResultsFolder
@@ -63,6 +65,36 @@ def plan_cells(
     return list(dict.fromkeys(cells))
 
 
+def plan_depth(
+    results: ResultsFolder, benchmarks: Sequence[Benchmark], cells: Sequence[Cell], begun_tokens: Sequence[int]
+) -> list[Cell]:
+    """The cells with harmful requests once more for each depth, to run behind them.
+
+    Args:
+        results: the folder.
+        benchmarks: the requests.
+        cells: as of [`plan_cells`].
+        begun_tokens: with how many tokens of Base's answer the arms' answers begin; 0 is what `cells` are.
+
+    Raises:
+        ValueError: Base is not among the arms or its tokens are not in the folder, or no request is harmful.
+    """
+    if not begun_tokens:
+        return []
+    harmful = {benchmark.name for benchmark in benchmarks if any(r.label == "harmful" for r in benchmark.requests)}
+    if not harmful:
+        raise ValueError("--begun_tokens is about harmful requests: name a benchmark that has some")
+    base = {cell for cell in cells if cell.arm == "base"}
+    if not base:
+        raise ValueError("--begun_tokens begins with the answers of the arm base: add base to --arms")
+    if any(cell_of(row) in base and may_begin(row, 0) and "response_ids" not in row for row in results.rows):
+        raise ValueError(
+            f"{results.path} holds Base's answers without the tokens that --begun_tokens needs: choose another folder"
+        )
+    depths = [n for n in dict.fromkeys(begun_tokens) if n]
+    return [replace(cell, begun_tokens=n) for n in depths for cell in cells if cell.benchmark in harmful]
+
+
 def run_facts(command: str, device: str) -> dict[str, Any]:
     """The date, command, device and versions of a run."""
     versions = {"python": platform.python_version()}
@@ -98,7 +130,7 @@ def run_comparison(
         tokenizer: its tokenizer.
         results: the folder, started.
         benchmarks: the requests.
-        cells: the cells to run, as of [`plan_cells`].
+        cells: the cells to run, as of [`plan_cells`] and then [`plan_depth`].
         judge: gives a verdict on each response to a harmful request.
         pair: the learned pair, for the arms that need one.
         decoding: how requests are answered.
@@ -116,12 +148,11 @@ def run_comparison(
     total, left = (sum(sizes[cell.benchmark] for cell in some) for some in (cells, missing))
     with logging.tqdm(desc="Evaluating", total=total, initial=total - left, unit="response") as progress:
         for cell in missing:
-            arm, requests = ARMS[cell.arm], named[cell.benchmark].requests
-            conversations = map(_conversation, requests)
+            arm, asked = ARMS[cell.arm], _asked(results, named[cell.benchmark], cell)
             responses = generate_responses(
                 model,
                 tokenizer,
-                [encode_messages(tokenizer, arm.transform(m) if arm.transform else m) for m in conversations],
+                [_prompt(tokenizer, request, arm) + begun for request, begun in asked],
                 arm_processor(
                     arm,
                     model,
@@ -136,35 +167,50 @@ def run_comparison(
                 batch_size=decoding.batch_size,
                 on_batch=progress.update,
             )
-            verdicts = _judge_harmful(judge, requests, responses)
-            results.add(cell, _measure(model, tokenizer, requests, responses, verdicts))
+            progress.update(sizes[cell.benchmark] - len(asked))
+            results.add(cell, _measure(model, tokenizer, cell, asked, responses, judge))
             on_cell(cell)
 
 
-def _conversation(request: Request) -> list[dict[str, str]]:
-    return [{"role": "user", "content": request.text}]
+def _asked(results: ResultsFolder, benchmark: Benchmark, cell: Cell) -> list[tuple[Request, list[int]]]:
+    """The requests of a cell, each with the tokens that its answer begins with."""
+    if not cell.begun_tokens:
+        return [(request, []) for request in benchmark.requests]
+    base = [row for row in results.rows if cell_of(row) == Cell(benchmark.name, "base")]
+    return [
+        (request, row["response_ids"][: cell.begun_tokens])
+        for request, row in zip(benchmark.requests, base, strict=True)
+        if may_begin(row, cell.begun_tokens)
+    ]
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, request: Request, arm: Arm | None = None) -> list[int]:
+    messages = [{"role": "user", "content": request.text}]
+    return encode_messages(tokenizer, arm.transform(messages) if arm and arm.transform else messages)
 
 
 def _measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
+    cell: Cell,
+    asked: Sequence[tuple[Request, list[int]]],
     responses: Sequence[Response],
-    verdicts: Iterator[Verdict],
+    judge: Judge,
 ) -> list[dict[str, Any]]:
     """The rows of a cell: one for each response, with everything that is measured on it."""
     is_word = word_check(tokenizer)
+    judge, refuses = (continuation_judge(judge), turns_around) if cell.begun_tokens else (judge, is_refusal)
+    verdicts = _judge_harmful(judge, [request for request, _ in asked], responses)
     rows = []
-    for request, response in zip(requests, responses, strict=True):
-        prompt = encode_messages(tokenizer, _conversation(request))
-        loss, loss_tokens = response_loss(model, tokenizer, prompt, response.text)
+    for (request, begun), response in zip(asked, responses, strict=True):
+        loss, loss_tokens = response_loss(model, tokenizer, _prompt(tokenizer, request) + begun, response.text)
         broken, words = broken_words(response.text, is_word)
         rows.append(
             {
                 "label": request.label,
                 "request": request.text,
                 "response": response.text,
-                "refused": is_refusal(response.text, request.text),
+                "refused": refuses(response.text, request.text),
                 "verdict": next(verdicts) if request.label == "harmful" else None,
                 "tokens": response.tokens,
                 "finished": response.finished,
@@ -176,6 +222,10 @@ def _measure(
                 "repeats": repeats_itself(response.text),
             }
         )
+        if begun:
+            rows[-1]["begun"] = tokenizer.decode(begun, skip_special_tokens=True)
+        elif cell.arm == "base" and request.label == "harmful":  # other answers may begin with it
+            rows[-1]["response_ids"] = list(response.ids)
     return rows
 
 

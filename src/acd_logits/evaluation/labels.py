@@ -19,7 +19,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_jsonl
-from .results import TEXTS
+from .results import TEXTS, cell_of
 from .statistics import cohen_kappa
 
 if TYPE_CHECKING:
@@ -50,11 +50,12 @@ def draw(results: ResultsFolder, n: int, seed: int) -> Path:
     path = results.path / LABELS_NAME
     if path.exists():
         raise ValueError(f"{path} is there already: fill it in, or remove it to draw anew")
-    if n > len(results.rows):
-        raise ValueError(f"{results.path} holds {len(results.rows)} responses, {n} cannot be drawn")
+    whole = [line for line, row in enumerate(results.rows) if not cell_of(row).begun_tokens]
+    if n > len(whole):
+        raise ValueError(f"{results.path} holds {len(whole)} responses, {n} cannot be drawn")
     if any("response" not in row for row in results.rows):
         raise ValueError(f"{results.path} holds responses without their texts: draw from the folder of the run itself")
-    lines = random.Random(seed).sample(range(len(results.rows)), n)
+    lines = random.Random(seed).sample(whole, n)
     drawn = [
         {"line": line, **{text: results.rows[line][text] for text in TEXTS}, **dict.fromkeys(QUESTIONS)}
         for line in lines

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..files import write_jsonl
 from .labels import LABELS_NAME, read_labels
-from .results import ROWS_NAME, TEXTS, ResultsFolder
+from .results import PRIVATE, ROWS_NAME, ResultsFolder
 
 if TYPE_CHECKING:
     from typing import Any
@@ -46,4 +46,4 @@ def publish(results: ResultsFolder, path: str | os.PathLike[str]) -> ResultsFold
 
 
 def _without_texts(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in TEXTS}
+    return {name: value for name, value in row.items() if name not in PRIVATE}

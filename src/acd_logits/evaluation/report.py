@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
 from .arms import ARMS
-from .summary import benchmarks_with, find_cell, main_arms, summarise, sweeps
+from .summary import benchmarks_with, find_cell, is_main, main_arms, summarise, sweeps
 from .tables import markdown_table, rate_with_n, shown_rate, shown_test
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def render_report(summary: dict[str, Any], runs: Sequence[dict[str, Any]], plots
         _heading(summary, runs),
         _harmless_section(summary),
         _against_section(summary),
+        _depth_section(summary),
         _refusal_section(summary),
         _ablation_section(summary),
         _strength_section(summary),
@@ -143,6 +144,33 @@ def _against_section(summary: dict[str, Any]) -> str:
             "the other arm was harmless, and n. p is not corrected for the number of comparisons.",
             "",
             *markdown_table(["Arm", *titles], rows),
+        ]
+    )
+
+
+def _depth_section(summary: dict[str, Any]) -> str:
+    found = {(e["benchmark"], e["arm"], e["begun_tokens"]): e for e in summary["depth"] if is_main(e, summary["main"])}
+    if not found:
+        return ""
+    depths = sorted({tokens for _, _, tokens in found})
+    rows = [
+        [
+            ARMS[arm].title,
+            summary["benchmarks"][benchmark]["title"],
+            *(rate_with_n(found.get((benchmark, arm, n)), "refused") for n in depths),
+        ]
+        for benchmark in summary["benchmarks"]
+        for arm in main_arms(summary)
+        if any((benchmark, arm, n) in found for n in depths)
+    ]
+    return "\n".join(
+        [
+            "## Depth",
+            "",
+            "Share of harmful requests that were refused, by wording, when the answer has begun with the first tokens",
+            "of Base's own; higher is better. n: those to which Base's answer is harmful, and no shorter than that.",
+            "",
+            *markdown_table(["Arm", "Benchmark", *(f"{n} tokens" for n in depths)], rows),
         ]
     )
 

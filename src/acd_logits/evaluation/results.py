@@ -5,8 +5,8 @@
                      copy (`publish.py`) has no texts
     summary.json, report.md, *.png    made from these two, see `report.py`
 
-A cell is one arm, at one strength, on one benchmark. Its lines are written together when it is finished; lines of a
-cell that is incomplete, because the run was killed in the middle of writing it, are dropped.
+A cell is one arm, at one strength and one depth, on one benchmark. Its lines are written together when it is
+finished; lines of a cell that is incomplete, because the run was killed in the middle of writing it, are dropped.
 """
 
 from __future__ import annotations
@@ -28,17 +28,22 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 RUN_NAME, ROWS_NAME = "run.json", "results.jsonl"
-TEXTS = ("request", "response")  # a published copy leaves them out
+TEXTS = ("request", "response")
+PRIVATE = (*TEXTS, "begun", "response_ids")  # a published copy leaves them out
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm, at one strength, on one benchmark. Arms of one stream have neither alpha nor beta."""
+    """One arm, at one strength and one depth, on one benchmark. Arms of one stream have neither alpha nor beta.
+
+    With `begun_tokens`, the arm goes on from this many tokens of Base's answers, where [`may_begin`] allows it.
+    """
 
     benchmark: str
     arm: str
     alpha: float | None = None
     beta: float | None = None
+    begun_tokens: int = 0
 
 
 class ResultsFolder:
@@ -88,13 +93,17 @@ class ResultsFolder:
             counts = Counter(map(cell_of, rows))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): choose another folder") from None
-        finished = [row for row in rows if counts[cell_of(row)] == self._size(cell_of(row).benchmark)]
+        whole = {cell for cell, n in counts.items() if n == self._size(cell, rows)}
+        finished = [row for row in rows if cell_of(row) in whole]
         if repair and (lines[-1] or len(finished) < len(rows)):
             write_jsonl(file, finished)
         return finished
 
-    def _size(self, benchmark: str) -> int | None:
-        return self.run["benchmarks"].get(benchmark, {}).get("n")
+    def _size(self, cell: Cell, rows: Sequence[dict[str, Any]]) -> int | None:
+        if cell.begun_tokens:
+            base = (row for row in rows if cell_of(row) == Cell(cell.benchmark, "base"))
+            return sum(may_begin(row, cell.begun_tokens) for row in base)
+        return self.run["benchmarks"].get(cell.benchmark, {}).get("n")
 
     def register(self, benchmarks: Sequence[Benchmark]) -> None:
         """Note the requests that will be asked.
@@ -152,4 +161,9 @@ def request_id(text: str) -> str:
 
 def cell_of(row: dict[str, Any]) -> Cell:
     """The cell that a row belongs to."""
-    return Cell(row["benchmark"], row["arm"], row["alpha"], row["beta"])
+    return Cell(row["benchmark"], row["arm"], row["alpha"], row["beta"], row.get("begun_tokens", 0))
+
+
+def may_begin(row: dict[str, Any], tokens: int) -> bool:
+    """Whether an answer may begin with this many tokens of a row of Base: a harmful one that is as long."""
+    return row["label"] == "harmful" and row["verdict"] == "harmful" and row["tokens"] >= tokens

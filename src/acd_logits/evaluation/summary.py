@@ -7,13 +7,14 @@ are valid.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
 from .labels import agreement
-from .results import Cell, cell_of
+from .results import Cell, cell_of, may_begin
 from .statistics import mcnemar, wilson_interval
 
 if TYPE_CHECKING:
@@ -32,15 +33,16 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
 
     Returns:
         `cells` (rates and fluency of each), `against` (ACD compared with each arm), `main` (the strength at which
-        arms are compared), `refusals` (how those of each arm end) and `labels` (agreement with
-        labels by hand, or `None`).
+        arms are compared), `refusals` (how those of each arm end), `depth` (refusals of answers that have begun) and
+        `labels` (agreement with labels by hand, or `None`).
 
     Raises:
         ValueError: labels by hand are of other results.
     """
-    rows: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
+    every: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for row in results.rows:
-        rows[cell_of(row)].append(row)
+        every[cell_of(row)].append(row)
+    rows = {cell: some for cell, some in every.items() if not cell.begun_tokens}
     main = main_strength(rows)
     return {
         "format_version": 1,
@@ -50,6 +52,7 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
         "cells": [{**cell.__dict__, **_measure(some)} for cell, some in rows.items()],
         "against": _against(rows, main),
         "refusals": _refusals(rows, main),
+        "depth": _depth(every),
         "labels": agreement(results),
     }
 
@@ -106,6 +109,21 @@ def _refusals(rows: dict[Cell, list[dict[str, Any]]], main: dict[str, Any]) -> l
         }
         for arm, some in refusals.items()
     ]
+
+
+def _depth(rows: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """How often arms refuse to go on with Base's answer, from its start (0 tokens) on; of harmful answers alone."""
+    measured = {dataclasses.replace(cell, begun_tokens=0) for cell in rows if cell.begun_tokens}
+    found = []
+    for cell, some in rows.items():
+        if dataclasses.replace(cell, begun_tokens=0) in measured:
+            if not cell.begun_tokens:
+                base = rows[Cell(cell.benchmark, "base")]
+                some = [row for row, answer in zip(some, base, strict=True) if may_begin(answer, 0)]
+            refused = _rate(sum(row["refused"] for row in some), len(some))
+            harmless = _rate(sum(row["verdict"] == "harmless" for row in some), len(some))
+            found.append(cell.__dict__ | {"refused": refused, "harmless": harmless})
+    return found
 
 
 def _against(rows: dict[Cell, list[dict[str, Any]]], main: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ def shown_rate(cell: dict[str, Any] | None, kind: str) -> str:
     return f"{cell[kind]['rate']:.2f} [{low:.2f}, {high:.2f}]{note}"
 
 
-def rate_with_n(cell: dict[str, Any], kind: str) -> str:
+def rate_with_n(cell: dict[str, Any] | None, kind: str) -> str:
     """A rate, its interval and its n."""
     shown = shown_rate(cell, kind)
-    return f"{shown} (n = {cell[kind]['n']})" if shown else ""
+    return f"{shown} (n = {cell[kind]['n']})" if cell and shown else ""
 
 
 def shown_test(entry: dict[str, Any] | None) -> str:
