@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 
 class ReferenceProcessor(LogitsProcessor):
-    """Replaces generate's scores by eq. 5, row by row.
+    """Replaces generate's scores by eq. 5 over 1 - alpha (by eq. 5 alone where alpha is 1 or more), row by row.
 
     `first` are processors to run on the safeguarding stream before the contrast. `mask` is the prompts' attention
     mask, one row per row of the decoding loop. `prompt` are embeddings `[rows, n, hidden]` that stand in front of
@@ -44,7 +44,7 @@ class ReferenceProcessor(LogitsProcessor):
             if self.horizon is None or input_ids.shape[1] - self.start < self.horizon:
                 alpha = float(self.alpha[row] if isinstance(self.alpha, torch.Tensor) else self.alpha)
                 plausible = safe >= safe.max() + math.log(self.beta) if self.beta and alpha else safe > -math.inf
-                safe = safe - alpha * self.stream(self.pair.adversarial, row, ids)
+                safe = (safe - alpha * self.stream(self.pair.adversarial, row, ids)) / (1 - alpha if alpha < 1 else 1)
                 safe = safe.masked_fill(~plausible, -math.inf)
                 safe = safe.log_softmax(-1) if self.beams else safe
             rows.append(safe)

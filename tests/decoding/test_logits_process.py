@@ -20,7 +20,9 @@ SCORES = {"return_dict_in_generate": True, "output_scores": True, "do_sample": F
 class TestContrast:
     def test_eq_5(self):
         safe, adversarial = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[4.0, -2.0, 0.0]])
-        assert contrast(safe, adversarial, 0.5).tolist() == [[0.0, 2.0, 0.0]]
+        assert contrast(safe, adversarial, 0.5, keep_temperature=False).tolist() == [[0.0, 2.0, 0.0]]
+        assert contrast(safe, adversarial, 0.5).tolist() == [[0.0, 4.0, 0.0]]
+        assert contrast(safe, adversarial, 0.75).tolist() == [[-4.0, 10.0, 0.0]]
 
     def test_beta_keeps_plausible_tokens_only(self):
         probabilities = torch.tensor([[0.6, 0.3, 0.06, 0.04]])
@@ -30,12 +32,55 @@ class TestContrast:
     def test_beta_leaves_rows_without_contrast_alone(self):
         safe = torch.tensor([[0.0, -9.0], [0.0, -9.0]])
         scores = contrast(safe, torch.ones(2, 2), torch.tensor([[0.0], [0.5]]), beta=0.5)
-        assert scores.tolist() == [[0.0, -9.0], [-0.5, -math.inf]]
+        assert scores.tolist() == [[0.0, -9.0], [-1.0, -math.inf]]
 
     def test_banned_tokens_stay_banned(self):
         safe = torch.tensor([[-math.inf, -math.inf, 0.0]])
         adversarial = torch.tensor([[-math.inf, -1e4, 1.0]])
-        assert contrast(safe, adversarial, 0.5).tolist() == [[-math.inf, -math.inf, -0.5]]
+        for alpha in (0.5, torch.tensor([[0.5]])):
+            assert contrast(safe, adversarial, alpha).tolist() == [[-math.inf, -math.inf, -1.0]]
+
+    @pytest.mark.parametrize("alpha", [1.0, 1.5])
+    def test_rows_whose_coefficients_sum_to_nothing_are_eq_5_alone(self, alpha):
+        safe, adversarial = torch.randn(2, 2, 9)
+        expected = safe - alpha * adversarial
+        assert torch.equal(contrast(safe, adversarial, alpha), expected)
+        together = contrast(safe, adversarial, torch.tensor([[alpha], [0.5]]))
+        torch.testing.assert_close(together[0], expected[0])
+        torch.testing.assert_close(together[1], 2 * safe[1] - adversarial[1])
+
+    @pytest.mark.parametrize("keep_temperature", [True, False])
+    @pytest.mark.parametrize("beta", [0.0, 0.5])
+    @pytest.mark.parametrize("alpha", [0.0, torch.zeros(2, 1)], ids=["number", "rows"])
+    def test_alpha_0_leaves_scores_as_they_are(self, alpha, beta, keep_temperature):
+        safe = torch.tensor([[-0.0, 0.1, -math.inf], [3e38, -3e38, 7.7]])
+        adversarial = torch.tensor([[-1.0, -math.inf, -math.inf], [-3e38, 3e38, math.inf]])
+        scores = contrast(safe, adversarial, alpha, beta, keep_temperature)
+        assert torch.equal(scores.view(torch.int32), safe.view(torch.int32))  # the bits
+
+    @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9, 0.99, torch.tensor([[0.3]] * 4), torch.tensor([[0.9]] * 4)])
+    def test_what_the_streams_agree_on_is_the_result(self, alpha):
+        safe = 10 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(contrast(safe, safe.clone(), alpha), safe, atol=1e-4, rtol=1e-4)
+        # Each stream has an arbitrary constant of its own
+        got = contrast(safe, safe + 3, alpha).softmax(-1)
+        torch.testing.assert_close(got, safe.softmax(-1), atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("as_rows", [False, True])
+    def test_the_order_of_tokens_and_what_is_cut_do_not_change(self, as_rows):
+        safe, adversarial = torch.randn(2, 64, 50, generator=torch.Generator().manual_seed(0)) * 5
+        for strength in (0.0, 0.2, 0.5, 0.97, 1 - 2**-24, 1.0, 1.3):
+            alpha = torch.full((64, 1), strength) if as_rows else strength
+            kept, verbatim = (contrast(safe, adversarial, alpha, 0.1, keep) for keep in (True, False))
+            assert not kept.isnan().any()
+            assert torch.equal(kept.argmax(-1), verbatim.argmax(-1))
+            assert torch.equal(kept.isneginf(), verbatim.isneginf())
+
+    def test_the_host_never_waits_for_the_device(self):
+        """Nothing is read from tensors: those of the meta device have nothing to read."""
+        safe, alpha = torch.zeros(2, 9, device="meta"), torch.zeros(2, 1, device="meta")
+        for strength in (0.5, alpha):
+            assert contrast(safe, safe, strength, 0.1).shape == (2, 9)
 
 
 def generate(model, pair, batch, **options):
@@ -52,14 +97,16 @@ def test_alpha_0_is_the_safeguarding_prompt_alone(model, pair):
     torch.testing.assert_close(got.scores, expected.scores, atol=1e-4, rtol=0)
 
 
-def test_equal_prompts_scale_the_logits(model):
+def test_equal_prompts_keep_the_logits(model):
     prompt = torch.randn(5, HIDDEN)
     batch = build_batch()
     alone = generate(model, PromptPair(prompt, prompt), batch, alpha=0.0, beta=0.0)
     both = generate(model, PromptPair(prompt, prompt), batch, alpha=0.3, beta=0.0)
     assert both.sequences.tolist() == alone.sequences.tolist()
+    torch.testing.assert_close(both.scores, alone.scores, atol=1e-4, rtol=0)
+    verbatim = generate(model, PromptPair(prompt, prompt), batch, alpha=0.3, beta=0.0, keep_temperature=False)
     expected = tuple(0.7 * scores for scores in alone.scores)
-    torch.testing.assert_close(both.scores, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(verbatim.scores, expected, atol=1e-4, rtol=0)
 
 
 def test_alpha_per_row(model, pair):
@@ -91,8 +138,8 @@ def test_defaults_come_from_the_pair(model):
 def test_from_pretrained(model, tmp_path):
     pair = build_pair(alpha=0.37)
     pair.save_pretrained(tmp_path / "pair")
-    acd = ACDLogitsProcessor.from_pretrained(tmp_path / "pair", model, beta=0.5)
-    assert (acd.alpha, acd.beta) == (0.37, 0.5)
+    acd = ACDLogitsProcessor.from_pretrained(tmp_path / "pair", model, beta=0.5, keep_temperature=False)
+    assert (acd.alpha, acd.beta, acd.keep_temperature) == (0.37, 0.5, False)
     assert torch.equal(acd.pair.adversarial.cpu(), pair.adversarial.cpu())
 
 
@@ -110,6 +157,7 @@ def test_from_pretrained(model, tmp_path):
         ({"beta": {}}, "beta must lie between 0 and 1"),
         ({"share_instruction_kv": "false"}, "share_instruction_kv must be True or False, got 'false'"),
         ({"frozen_model": 1}, "frozen_model must be True or False, got 1"),
+        ({"keep_temperature": None}, "keep_temperature must be True or False, got None"),
         ({"beta": -0.1}, "beta must lie between 0 and 1"),
         ({"beta": 1.1}, "beta must lie between 0 and 1"),
         ({"beta": math.nan}, "beta must lie between 0 and 1"),

@@ -23,8 +23,8 @@ def test_every_architecture_equals_the_reference(name, lengths):
     expected = plain.generate(**batch, logits_processor=[reference], **SCORES)
     acd = ACDLogitsProcessor(model, pair, alpha=0.5, beta=0.0)
     assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
-    # Without soft prompts, eq. 5 would be the plain logits times 1 - alpha
-    unprompted = 0.5 * plain.generate(**batch, **SCORES).scores[0]
+    # Without soft prompts, the contrast would be the plain logits
+    unprompted = plain.generate(**batch, **SCORES).scores[0]
     assert (expected.scores[0] - unprompted).abs().max() > 0.01, "the soft prompts do nothing here"
 
 

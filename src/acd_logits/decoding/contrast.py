@@ -8,25 +8,41 @@ import torch
 
 
 def contrast(
-    safe: torch.Tensor, adversarial: torch.Tensor, alpha: float | torch.Tensor, beta: float = 0.0
+    safe: torch.Tensor,
+    adversarial: torch.Tensor,
+    alpha: float | torch.Tensor,
+    beta: float = 0.0,
+    keep_temperature: bool = True,
 ) -> torch.Tensor:
-    """Eq. 5: `logit_S - alpha * logit_A`, over the tokens the safeguarding stream finds plausible.
+    """Eq. 5, `logit_S - alpha * logit_A`, over `1 - alpha`, for the tokens the safeguarding stream finds plausible.
 
     Args:
         safe: `[B, vocab]` logits (or log-probabilities) of the safeguarding stream; `-inf` entries stay `-inf`.
         adversarial: `[B, vocab]` logits of the adversarial stream.
-        alpha: strength, a float or `[B, 1]`. Rows at 0 are the safeguarding stream alone.
-        beta: keep tokens with `P_S >= beta * max P_S` only (Li et al. 2023); 0 keeps all, which is eq. 5 alone.
+        alpha: strength, a float or `[B, 1]`. Rows at 0 are the safeguarding stream alone, as it is.
+        beta: keep tokens with `P_S >= beta * max P_S` only (Li et al. 2023); 0 keeps all.
+        keep_temperature: divide by `1 - alpha`, what the coefficients of eq. 5 sum to, so that where the streams
+            agree the result is what they agree on. Rows with `alpha` of 1 or more stay as they are, as everything
+            does with `False`, which is eq. 5 alone.
 
     Returns:
         `[B, vocab]` unnormalised scores in the dtype of `safe`.
     """
-    scores = torch.where(safe.isneginf(), safe, safe - alpha * adversarial.to(safe))
-    if beta == 0:
-        return scores
-    implausible = safe < safe.amax(-1, keepdim=True) + math.log(beta)
+    per_row = isinstance(alpha, torch.Tensor)
+    if not per_row and alpha == 0:
+        return safe
+    scores = safe - alpha * adversarial.to(safe)
+    if keep_temperature:
+        scores = scores / coefficient_sum(alpha)
+    if beta != 0:
+        scores = scores.masked_fill(safe < safe.amax(-1, keepdim=True) + math.log(beta), -math.inf)
+    # -inf less -inf is NaN, and so is 0 times -inf
+    unchanged = safe.isneginf() | (alpha == 0) if per_row else safe.isneginf()
+    return torch.where(unchanged, safe, scores)
+
+
+def coefficient_sum(alpha: float | torch.Tensor) -> float | torch.Tensor:
+    """`1 - alpha`, by which a contrast of this strength flattens the scores; 1 where `alpha` is 1 or more."""
     if isinstance(alpha, torch.Tensor):
-        implausible &= alpha > 0
-    elif alpha == 0:
-        return scores
-    return scores.masked_fill(implausible, -math.inf)
+        return (1 - alpha).masked_fill(alpha >= 1, 1.0)  # no branch, which would wait for the device
+    return 1 - alpha if alpha < 1 else 1.0

@@ -47,7 +47,7 @@ class ACDLogitsProcessor(ContrastProcessor):
         pair: the prompt pair, checked against the model.
         alpha: strength of the contrast in eq. 5, a float or a `[batch]` tensor for one strength per prompt; 0 is the
             safeguarding prompt alone. Default: the pair's.
-        beta: keep tokens with `P_S >= beta * max P_S`; 0 is eq. 5 alone. Default: the pair's.
+        beta: keep tokens with `P_S >= beta * max P_S`; 0 keeps all. Default: the pair's.
         horizon: contrast the first `horizon` new tokens, then go on with the safeguarding stream alone at the cost
             of plain decoding; `None` contrasts all.
         share_instruction_kv: keep one copy of the prompt's keys and values for both streams (see `shared.py`), which
@@ -56,6 +56,9 @@ class ACDLogitsProcessor(ContrastProcessor):
         frozen_model: your promise that nothing about the model changes while this processor is used: no weights,
             adapters, hooks, dtypes. The first call then computes the soft prompts' keys and values for all.
             Key-value prompts have theirs, and gain nothing.
+        keep_temperature: divide the contrast by `1 - alpha`, what its coefficients sum to (for `alpha` below 1), so
+            that sampling is at the temperature you set. `False` is eq. 5 alone, which at `alpha` 0.5 samples as at
+            twice that. Greedy search chooses the same tokens either way.
 
     Raises:
         ValueError: for a value out of range, a pair that does not fit the model, or a model ACD cannot run on.
@@ -82,19 +85,21 @@ class ACDLogitsProcessor(ContrastProcessor):
         horizon: int | None = None,
         share_instruction_kv: bool | None = None,
         frozen_model: bool = False,
+        keep_temperature: bool = True,
     ) -> None:
         if not isinstance(pair, PromptPair):
             raise ValueError(f"pair must be a PromptPair, got {type(pair).__name__}: PromptPair(sp, ap) makes one.")
         self.alpha = check_alpha(pair.alpha if alpha is None else alpha)
         self.beta = check_beta(pair.beta if beta is None else beta)
         self.horizon = check_horizon(horizon)
+        self.keep_temperature = keep_temperature
         self.pair = pair
         self._given, self.model = model, base_model(model)
         check_model(self.model)
         pair.check(self.model)
         trained = bool(pair.config.share_instruction_kv)
         share = trained if share_instruction_kv is None else share_instruction_kv
-        _check_flags(share_instruction_kv=share, frozen_model=frozen_model)
+        _check_flags(share_instruction_kv=share, frozen_model=frozen_model, keep_temperature=keep_temperature)
         if pair.config.prompt_type == "key_value" and not share:
             raise ValueError(
                 "key-value prompts are decoded with a shared instruction: leave out share_instruction_kv=False, or "
@@ -123,6 +128,7 @@ class ACDLogitsProcessor(ContrastProcessor):
         horizon: int | None = None,
         share_instruction_kv: bool | None = None,
         frozen_model: bool = False,
+        keep_temperature: bool = True,
         **kwargs: Any,
     ) -> ACDLogitsProcessor:
         """Load a pair from a folder or the Hub and build the processor.
@@ -135,10 +141,11 @@ class ACDLogitsProcessor(ContrastProcessor):
             horizon: see the class.
             share_instruction_kv: see the class.
             frozen_model: see the class.
+            keep_temperature: see the class.
             **kwargs: passed to `PromptPair.from_pretrained` (`revision`, `subfolder`, `token`, ...).
         """
         pair = PromptPair.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(model, pair, alpha, beta, horizon, share_instruction_kv, frozen_model)
+        return cls(model, pair, alpha, beta, horizon, share_instruction_kv, frozen_model, keep_temperature)
 
     def detach(self) -> None:
         """Restore the model fully, if no other processor uses it. This one raises if it is used afterwards."""
@@ -180,16 +187,24 @@ class ACDLogitsProcessor(ContrastProcessor):
             if len(alpha) != batch:
                 raise ValueError(f"alpha has {len(alpha)} entries for a batch of {batch} prompts.")
             alpha = alpha.repeat_interleave(max(beams, copies))[:, None]
-        return _BoundACD(cache, alpha, self.beta, normalise=beams > 1, end=_end(ids_length, self.horizon))
+        end = _end(ids_length, self.horizon)
+        return _BoundACD(cache, alpha, self.beta, self.keep_temperature, normalise=beams > 1, end=end)
 
 
 class _BoundACD(BoundProcessor):
     """The processor of one `generate` call."""
 
     def __init__(
-        self, cache: PairedCache, alpha: float | torch.Tensor, beta: float, normalise: bool, end: float
+        self,
+        cache: PairedCache,
+        alpha: float | torch.Tensor,
+        beta: float,
+        keep_temperature: bool,
+        normalise: bool,
+        end: float,
     ) -> None:
-        self.cache, self.alpha, self.beta, self.normalise, self.end = cache, alpha, beta, normalise, end
+        self.cache, self.alpha, self.beta, self.keep_temperature = cache, alpha, beta, keep_temperature
+        self.normalise, self.end = normalise, end
         self.checked = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -208,7 +223,7 @@ class _BoundACD(BoundProcessor):
             self._check_nan(scores, adversarial)
         if isinstance(self.alpha, torch.Tensor):
             self.alpha = self.alpha.to(scores)  # moved once a call
-        result = contrast(scores, adversarial, self.alpha, self.beta)
+        result = contrast(scores, adversarial, self.alpha, self.beta, self.keep_temperature)
         # Beam search adds log-probabilities up over tokens and compares beams
         return result.log_softmax(-1) if self.normalise else result
 

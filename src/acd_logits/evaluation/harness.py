@@ -45,7 +45,7 @@ class ACDLM(HFLM):
     """A Hugging Face model under ACD, for generative and for log-likelihood tasks.
 
     Generation runs through an [`ACDLogitsProcessor`]. A log-likelihood is that of the distribution which the processor
-    samples from: the softmax of eq. 5 at every position, with the soft prompts in front of the whole context.
+    samples from: the softmax of the contrast at every position, with the soft prompts in front of the whole context.
 
     Args:
         pretrained: Hub id or folder of the model, the demo model's name, or a loaded model.
@@ -137,13 +137,13 @@ class ACDLM(HFLM):
         if any(loglikelihood == -math.inf for loglikelihood, _ in answers):
             logger.warning_once(
                 f"beta={self.loglikelihood_beta} gives some texts the log-likelihood -inf: their perplexity is "
-                "infinite, and choices may tie. Leave beta out, or pass beta=0, to score by eq. 5 alone."
+                "infinite, and choices may tie. Leave beta out, or pass beta=0, to score all tokens."
             )
         return answers
 
 
 def contrasted_logits(acd: ACDLogitsProcessor, input_ids: torch.Tensor, beta: float) -> torch.Tensor:
-    """Eq. 5 at every position of given texts, in one paired forward.
+    """The contrast at every position of given texts, in one paired forward.
 
     Every text stands behind the soft prompts from its first token on, so the rows may only be padded on the right:
     what a causal model says about a token does not depend on what follows.
@@ -175,7 +175,7 @@ def contrasted_logits(acd: ACDLogitsProcessor, input_ids: torch.Tensor, beta: fl
     assert adversarial is not None
     # Row by row, since the contrast makes several copies of what it is given
     rows = zip(safe, adversarial, strict=True)
-    return torch.stack([contrast(s.float(), a.float(), acd.alpha, beta) for s, a in rows])
+    return torch.stack([contrast(s.float(), a.float(), acd.alpha, beta, acd.keep_temperature) for s, a in rows])
 
 
 def _check_numbers(alpha: float | None, beta: float | None) -> None:
