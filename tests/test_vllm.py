@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,6 @@ from transformers import (
 )
 
 from acd_logits import ACDLogitsProcessor, PromptPair, load_demo_model
-from acd_logits.decoding.logits_process import contrast
 from acd_logits.demo_model import DEMO_PAIR, demo_model_path, resolve_pair_name
 from acd_logits.vllm.export import export
 from acd_logits.vllm.exported import PLACEHOLDER
@@ -255,11 +255,8 @@ class TestOneEngine:
 
     def test_logprobs_are_those_of_the_contrast(self, tiny, llama):
         model, ids = tiny(), prompts(1)[0]
-        reference = ReferenceProcessor(model.model, model.pair, ALPHA)
-        safe, adversarial = (
-            reference.stream(soft, 0, torch.tensor(ids)) for soft in (model.pair.safeguarding, model.pair.adversarial)
-        )
-        expected = contrast(safe, adversarial, ALPHA, BETA).log_softmax(-1)[0]
+        reference = ReferenceProcessor(model.model, model.pair, ALPHA, BETA)
+        expected = reference(torch.tensor([ids]), None).log_softmax(-1)[0]
         output = llama.generate(model.prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
         for token, logprob in output.logprobs[0].items():
             if expected[token].isfinite():
@@ -374,6 +371,34 @@ def test_without_the_plugin_the_folder_does_not_load(tiny):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode != 0
     assert re.search(r"\['ACDLlamaForCausalLM'\] (are|is) not supported", run.stderr + run.stdout)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.99, 0.999, 1.0])
+def test_tokens_without_plausibility_are_out_of_reach_at_every_strength(alpha):
+    from acd_logits.vllm.models import ACDMixin
+
+    class Stock:
+        def compute_logits(self, hidden_states):
+            return hidden_states
+
+    class Model(ACDMixin, Stock):
+        def __init__(self):
+            self.acd_pair = SimpleNamespace(alpha=alpha, beta=0.1, placeholder_id=4)
+            self.acd_compilation = SimpleNamespace()
+
+    safe = torch.tensor([[9.0, 8.0, 3.0, 1.0, 5.0]])  # the last one is the placeholder, which is never chosen
+    adversarial = torch.tensor([[60.0, 50.0, -math.inf, -40.0, -90.0]])
+    scores = Model().compute_logits(torch.cat([safe, adversarial], dim=-1))[0]
+    kept = [0, 1] if alpha else [0, 1, 2, 3]
+    expected = ((safe - alpha * adversarial.clamp(min=-1e4)) / (1 - alpha if alpha < 1 else 1))[0, kept]
+    torch.testing.assert_close(scores[kept], expected)
+    cut = [token for token in range(5) if token not in kept]
+    assert scores.isfinite().all()
+    assert scores[kept].min() - scores[cut].max() > 1000
+    # A grammar may leave none but these: then SP chooses, at the user's temperature (float32 rounds 1e7 to whole ones)
+    torch.testing.assert_close(
+        scores[cut] - scores[4], safe[0, cut] - safe[0, 4], atol=1.0 if alpha > 0.9 else 0.01, rtol=0
+    )
 
 
 def test_embeddings_that_differ_by_more_than_a_constant_are_refused():

@@ -24,7 +24,7 @@ import torch
 from vllm import ModelRegistry
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
-from ..decoding.contrast import contrast
+from ..decoding.contrast import coefficient_sum, contrast
 from .attention import paired_attention
 from .exported import PREFIX, TENSOR_PREFIX, TENSORS, ExportedPair
 from .sampling import strengths
@@ -131,7 +131,8 @@ class ACDMixin(_Stock):
         scores = contrast(safe, adversarial.clamp(min=-IMPLAUSIBLE), alpha, self.acd_pair.beta)
         implausible = scores.isneginf()
         implausible[:, self.acd_pair.placeholder_id :][:, :1] = True  # where the vocabulary has a row for it
-        return torch.where(implausible, safe - IMPLAUSIBLE, scores)
+        # The contrast divides by that: what a token without plausibility loses grows as much, to stay out of reach
+        return torch.where(implausible, safe - IMPLAUSIBLE / coefficient_sum(alpha), scores)
 
     @property
     def compute_logits_local(self) -> Any:
