@@ -174,6 +174,9 @@ def test_a_bfloat16_model_logged_to_tensorboard(command, tmp_path):
     assert pair.safeguarding.dtype == torch.float32
     assert not torch.equal(pair.safeguarding, pair.safeguarding.bfloat16().float())
     assert (pair.config.training["dtype"], pair.config.chat_template_sha256) == ("bfloat16", None)
+    more = ["--dtype", "bfloat16", "--prompt_type", "key_value", "--output_dir", str(tmp_path / "key-value")]
+    assert main(["train", *command, *more]) == 0
+    assert PromptPair.from_pretrained(tmp_path / "key-value").adversarial.dtype == torch.bfloat16
     assert list((tmp_path / "pair" / "run" / "runs").glob("*/events.out.tfevents.*"))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..anchors import SPLITS
+from ..decoding.contrast import contrast
 from .data import IGNORED
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def joint_loss(
     logits = {
         "safeguarding": safe,
         "adversarial": adversarial,
-        "contrast": (safe - alpha * adversarial) / (1 - alpha),
+        "contrast": contrast(safe, adversarial, alpha),
     }
     losses = [opo_loss(z, labels, avoided, splits, stream, plain_logits) for stream, z in logits.items()]
     return torch.stack(losses, dim=1)

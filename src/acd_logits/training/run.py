@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -129,7 +130,9 @@ def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
     model.eval()
     losses = _held_out_summary(log, run.args)
     measured = {"dtype": str(model.dtype).removeprefix("torch."), "held_out_loss": losses, "versions": _versions()}
-    prompts = {name: prompt().detach().cpu() for name, prompt in opo.prompts.items()}
+    # Keys and values are saved as the model was given them, in its own dtype
+    dtype = model.dtype if run.options.prompt_type == "key_value" else torch.float32
+    prompts = {name: prompt().detach().to("cpu", dtype) for name, prompt in opo.prompts.items()}
     pair = PromptPair(**prompts, config=_pair_config(initial.config, run, settings | measured))
     if run.args.should_save:
         pair.save_pretrained(run.folder)
