@@ -5,7 +5,7 @@ The demo model (SmolLM2-135M-Instruct) on 2 CPU threads, as in docs/benchmarks.m
     python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 --new_tokens 40 \
         --repeats 9 --output_file benchmark.json
 
-Random weights in the shapes of Llama-2-7B on a GPU, and a model of your own:
+Random weights in the shapes of Llama-2-7B, and a model of your own:
 
     python scripts/benchmark.py --device cuda --dtype bfloat16 --random_llama 7b \
         --batch_sizes 1 8 32 --prompt_lengths 30 512 --output_file benchmark-7b.json
@@ -16,14 +16,13 @@ The arms answer the same random prompts, greedily and without an end-of-sequence
 - `plain`: the prompt alone.
 - `acd`: [SP; prompt] and [AP; prompt] with random soft prompts and the default alpha and beta. Every call computes the
   soft prompts' keys and values anew.
-- `frozen`: the same under `frozen_model=True`. The processor is kept between calls, so the soft prompts' keys and
-  values are there already: they are computed in the warm-up.
+- `frozen`: the same under `frozen_model=True`: the soft prompts' keys and values are computed in the warm-up only.
 - `shared`: the same with one copy of the prompt's keys and values for both streams (`share_instruction_kv`).
 - `horizon`: ACD that contrasts the first 16 new tokens.
 - `shared_horizon`: both of these.
+- `key_value`: key-value prompts, which are given as keys and values and always share.
 - `guidance`: the prompt, and a negative prompt (100 tokens by default, and the prompt), which is as long as ACD's
-  adversarial stream. Its other stream has no soft prompt, so it is shorter than ACD's. transformers computes the
-  negative prompt anew in each call, one forward for each stream, with the logits of all its tokens.
+  adversarial stream. transformers computes it anew in each call, with the logits of all its tokens.
 
 Plain and guidance run while ACD's hooks are on the model, where they pass everything through (some microseconds).
 
@@ -31,9 +30,8 @@ Columns: time to the first token (with the prefill of all streams), decode time 
 of the whole generate call, the memory of the keys and values it returns (guidance returns one of its two caches), and
 its peak memory above the level before it. Times are medians over the repeats. A ratio compares an arm with plain in
 the same repeat: median (minimum to maximum). Peak memory (allocated on CUDA, resident on Linux) is measured in the
-warm-up, an arm's first call, so the soft prompts' keys and values are included. Own code is the share of the time
-between the first token and the 40th that is spent in this package's hooks and processor. Python's profiler measures it
-and slows Python down, so it is less without.
+warm-up, an arm's first call. Own code is the share of the time between the first token and the 40th that is spent in
+this package's hooks and processor, under Python's profiler, which slows Python down: it is less without.
 """
 
 from __future__ import annotations
@@ -62,8 +60,8 @@ from transformers.utils.logging import tqdm
 
 from acd_logits import ACDLogitsProcessor, PromptPair, __version__
 from acd_logits.cli import CommandError, CommandParser, run_command
-from acd_logits.decoding.shared import check_shareable
 from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
+from acd_logits.pairs.key_values import check_shareable, embeddings_to_key_values
 
 SHAPES = (
     "vocab_size",
@@ -106,6 +104,13 @@ def acd_arguments(
     return {"logits_processor": [ACDLogitsProcessor(setup.model, pair, **options)]}
 
 
+def key_value_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
+    """ACD with the keys and values of the same soft prompts."""
+    prompts = (setup.pair.safeguarding, setup.pair.adversarial)
+    pair = PromptPair(*(embeddings_to_key_values(setup.model, soft) for soft in prompts))
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, pair)]}
+
+
 def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
     """Classifier-free guidance; generate makes a new processor, and so a new negative cache, for each call."""
     prefix = random_ids(setup.model, len(prompt), len(setup.pair.adversarial))
@@ -125,6 +130,7 @@ ARMS: dict[str, Callable[[Setup, torch.Tensor], dict[str, Any]]] = {
     "shared": partial(acd_arguments, share_instruction_kv=True),
     "horizon": partial(acd_arguments, horizon=16),
     "shared_horizon": partial(acd_arguments, share_instruction_kv=True, horizon=16),
+    "key_value": key_value_arguments,
     "guidance": guidance_arguments,
 }
 
@@ -301,11 +307,11 @@ def load_setup(args: argparse.Namespace) -> Setup:
             model = AutoModelForCausalLM.from_pretrained(resolve_model_name(args.model_name_or_path), **options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise CommandError(f"cannot make the model: {' '.join(str(error).split())}") from error
-    if any(arm.startswith("shared") for arm in args.arms):
+    if any(arm.startswith(("shared", "key_value")) for arm in args.arms):
         try:
             check_shareable(model)
         except ValueError as error:
-            raise CommandError(f"{error} (choose --arms without shared and shared_horizon)") from None
+            raise CommandError(f"{error} (choose --arms without shared, shared_horizon and key_value)") from None
     model.to(args.device).eval()
     needed = max(args.num_virtual_tokens, args.adversarial_tokens) + max(args.prompt_lengths) + args.new_tokens
     if needed > getattr(model.config, "max_position_embeddings", needed):

@@ -43,7 +43,16 @@ def test_every_cell_has_every_arm(measured):
     cells = [(cell["batch_size"], cell["prompt_length"]) for cell in result["cells"]]
     assert cells == [(1, 2), (1, 5), (3, 2), (3, 5)]
     for cell in result["cells"]:
-        assert list(cell["arms"]) == ["plain", "acd", "frozen", "shared", "horizon", "shared_horizon", "guidance"]
+        assert list(cell["arms"]) == [
+            "plain",
+            "acd",
+            "frozen",
+            "shared",
+            "horizon",
+            "shared_horizon",
+            "key_value",
+            "guidance",
+        ]
         assert all(arm["cache_bytes"] > 0 for arm in cell["arms"].values())
 
 
