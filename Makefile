@@ -111,19 +111,15 @@ bench: $(VENV)/demo
 	$(VENV)/bin/python scripts/benchmark.py --num_threads 2 --batch_sizes 1 4 8 --prompt_lengths 30 \
 		--new_tokens 40 --repeats 7 --output_file benchmark.json
 
-TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl --dtype $(DTYPE)
-GO_ON = --eval_on_start false --eval_strategy no --load_best_model_at_end false
+TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl --dtype $(DTYPE) --held_out_fraction 0.1 \
+	--eval_on_start false --learning_rate 3e-2
 
-# All go on where they stopped. First what to refuse, then how seldom, by the first tokens; then how to word it
+# All go on where they stopped. First what to refuse, then how seldom
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --dtype $(DTYPE) \
-		--system_prompts null --batch_size 64 --max_new_tokens 16 \
-		--refusal_opening "I'm sorry, but I can't help with that." --output_file anchors.jsonl
-	$(TRAIN) --output_dir new-pair/1
-	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 $(GO_ON) --max_response_tokens 1 --lr_weight 16 \
-		--learning_rate 8e-3 --num_train_epochs 7 --adversarial_epochs 0
-	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(GO_ON) --max_response_tokens 10 --lr_weight 20 \
-		--ln_weight 0.7 --learning_rate 6e-3 --num_train_epochs 1.5 --adversarial_epochs 0.5
+		--system_prompts null --batch_size 64 --max_new_tokens 24 --temperature 0 --bank_refusals --answer_safe \
+		--begun_share 0.3 --output_file anchors.jsonl
+	$(TRAIN) --output_dir new-pair/1 --num_train_epochs 2
 
 EVALUATE = $(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --dtype $(DTYPE) --limit 250 \
 	--max_new_tokens 64 --batch_size 50

@@ -2,7 +2,7 @@
 
 python examples/train.py
 
-This takes about an hour on two cores. A small trial run, which shows that everything works and trains nothing useful:
+This takes more than an hour on two cores. A trial run, which shows that everything works and trains nothing useful:
 
 python examples/train.py --instructions_per_kind 4 --max_new_tokens 4 --max_steps 1 --num_virtual_tokens 4
 
@@ -13,15 +13,15 @@ import argparse
 from pathlib import Path
 
 from acd_logits import load_demo_model
-from acd_logits.anchors import SamplingSettings, build_anchors, load_instructions, load_refusals
+from acd_logits.anchors import SamplingSettings, build_anchors, load_instructions
 from acd_logits.training import OPOArguments, OPOTrainingArguments, load_model, prepare, train_pair
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--folder", type=Path, default=Path("my-pair"))
 parser.add_argument("--instructions_per_kind", type=int, help="default: all")
-parser.add_argument("--max_new_tokens", type=int, default=16)
-parser.add_argument("--max_steps", type=int, default=-1, help="default: as many as ten epochs have")
-parser.add_argument("--num_virtual_tokens", type=int, help="default: the length of the shorter text")
+parser.add_argument("--max_new_tokens", type=int, default=24)
+parser.add_argument("--max_steps", type=int, default=-1, help="default: as many as three epochs have")
+parser.add_argument("--num_virtual_tokens", type=int, help="default: 64")
 args = parser.parse_args()
 
 # The anchor data: the model's own responses, sorted into refusals, harmful answers and safe answers
@@ -36,12 +36,16 @@ if not anchors_file.exists():
         tokenizer,
         anchors_file,
         instructions=[row for rows in by_kind.values() for row in rows[: args.instructions_per_kind]],
-        refusals=load_refusals(opening="I'm sorry, but I can't help with that."),
-        # SmolLM2 ignores its system prompt: one response per instruction is enough
-        settings=SamplingSettings(system_prompts=("null",), batch_size=64, max_new_tokens=args.max_new_tokens),
+        # SmolLM2 ignores its system prompt: one response per instruction is enough, and the likeliest one
+        settings=SamplingSettings(
+            system_prompts=("null",), batch_size=64, max_new_tokens=args.max_new_tokens, temperature=0.0
+        ),
+        own_refusals=False,
+        begun_share=0.3,
+        answer_safe=True,
     )
 
-# The two prompts: first the safeguarding one, then the adversarial one
+# Both prompts, and their contrast
 options = OPOArguments(
     train_file=str(anchors_file),
     num_virtual_tokens=args.num_virtual_tokens,

@@ -45,7 +45,7 @@ def test_chat(tmp_path):
 
 def test_train(tmp_path):
     tiny = ["--instructions_per_kind", "4", "--max_new_tokens", "4", "--max_steps", "1", "--num_virtual_tokens", "4"]
-    assert "safeguarding=[4, 576]" in run(tmp_path, "train.py", *tiny)
+    assert "safeguarding=[4, 30, 2, 3, 64]" in run(tmp_path, "train.py", *tiny)
     assert (tmp_path / "my-pair/acd_config.json").is_file()
 
 

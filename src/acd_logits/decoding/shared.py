@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from ..pairs.key_values import check_shareable as check_shareable
+from ..pairs.key_values import check_shareable
 from .call import PairedCall
 from .paired import PairedCache
 from .streams import PairedStreams
