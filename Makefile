@@ -6,7 +6,7 @@
 # make dist   sdist and wheel into dist/, checked; the wheel runs the README's first example in an empty environment
 # make bench  measure the first table of docs/benchmarks.md, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
-# make pair   train the demo model's prompt pair again, into new-pair/3 (78 minutes on 2 cores that compute in bfloat16)
+# make pair   train a key-value pair for the demo model, into new-pair/2 (some two hours on 2 cores with bfloat16)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
 PYTHON ?= python3
@@ -112,14 +112,15 @@ bench: $(VENV)/demo
 		--new_tokens 40 --repeats 7 --output_file benchmark.json
 
 TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl --dtype $(DTYPE) --held_out_fraction 0.1 \
-	--eval_on_start false --learning_rate 3e-2
+	--eval_on_start false
 
 # All go on where they stopped. First what to refuse, then how seldom
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --dtype $(DTYPE) \
 		--system_prompts null --batch_size 64 --max_new_tokens 24 --temperature 0 --bank_refusals --answer_safe \
 		--begun_share 0.3 --output_file anchors.jsonl
-	$(TRAIN) --output_dir new-pair/1 --num_train_epochs 2
+	$(TRAIN) --output_dir new-pair/1
+	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 --lr_weight 2.5 --learning_rate 2e-2
 
 EVALUATE = $(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --dtype $(DTYPE) --limit 250 \
 	--max_new_tokens 64 --batch_size 50

@@ -106,9 +106,9 @@ def acd_arguments(
 
 def key_value_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
     """ACD with the keys and values of the same soft prompts."""
-    prompts = (setup.pair.safeguarding, setup.pair.adversarial)
-    pair = PromptPair(*(embeddings_to_key_values(setup.model, soft) for soft in prompts))
-    return {"logits_processor": [ACDLogitsProcessor(setup.model, pair)]}
+    embeddings = (setup.pair.safeguarding, setup.pair.adversarial)
+    safeguarding, adversarial = (embeddings_to_key_values(setup.model, soft) for soft in embeddings)
+    return {"logits_processor": [ACDLogitsProcessor(setup.model, PromptPair(safeguarding, adversarial))]}
 
 
 def guidance_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:

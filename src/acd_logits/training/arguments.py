@@ -86,7 +86,7 @@ class OPOArguments:
         default=1.0, help="multiply L_p by this: L_p follows the responses of a prompt's own split"
     )
     ln_weight: float = HfArg(default=0.5, help="multiply L_n by this: L_n avoids the responses of the other split")
-    lr_weight: float = HfArg(default=8.0, help="multiply L_r by this: L_r stays helpful on safe instructions")
+    lr_weight: float = HfArg(default=1.0, help="multiply L_r by this: L_r stays helpful on safe instructions")
     contrast_weight: float = HfArg(
         default=1.0,
         help="multiply L_C by this: eq. 3 on the contrast of both streams; 0 trains SP by eq. 3 and AP by eq. 4 alone",
@@ -97,7 +97,7 @@ class OPOArguments:
         "paper's mean over all tokens",
     )
     retain: Literal["ce", "kl", "answer"] = HfArg(
-        default="answer",
+        default="kl",
         help="choose L_r: ce is the paper's cross entropy on D_S; kl is the KL divergence to the model without a "
         "prompt; answer is kl to that model kept from beginning as refusals do, leaves out answers in D_HA that begin "
         "so, and suits a model that turns down safe requests by itself",
@@ -192,7 +192,7 @@ class OPOTrainingArguments(TrainingArguments):
     _argument_group_name = "training (transformers.TrainingArguments)"
 
     output_dir: str = HfArg(default="prompt-pair", help="write the pair, and the checkpoints, into this folder")
-    learning_rate: float = HfArg(default=2e-2, help="train both prompts at this rate")
+    learning_rate: float = HfArg(default=3e-2, help="train both prompts at this rate")
     num_train_epochs: float = HfArg(default=3.0, help="make this many passes over the anchor data")
     per_device_train_batch_size: int = HfArg(default=32, help="put this many examples into a step on each device")
     per_device_eval_batch_size: int = HfArg(
