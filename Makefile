@@ -88,7 +88,7 @@ test-families: $(VENV)/dev
 # Left out: what reaches transformers through the rest of the package only, and two long tests of torch and peft
 REACHED = anchors cli decoding/test_state_machine.py evaluation/test_harness.py evaluation/test_inspect.py \
 	evaluation/test_judges.py \
-	test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_gpu_check.py
+	test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_gpu_check.py training/test_train_command.py
 
 test-oldest: $(OLDEST)/dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model" -k "not stays_compiled" \

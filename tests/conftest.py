@@ -162,11 +162,11 @@ def build_batch(lengths=(11, 7, 10), seed=3):
 
 
 def assert_same(got, expected):
-    """The same tokens, and scores within 1e-4 (`-inf` in the same places)."""
+    """The same tokens, and scores within 2e-4 (`-inf` in the same places): 1e-4 of eq. 5, doubled at alpha 0.5."""
     assert got.sequences.tolist() == expected.sequences.tolist()
     assert len(got.scores) == len(expected.scores)
     for ours, theirs in zip(got.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
 
 
 @pytest.fixture
