@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,12 @@ class Response:
     def tokens(self) -> int:
         """Its length in tokens."""
         return len(self.ids)
+
+
+def as_messages(texts: Iterable[str]) -> list[dict[str, str]]:
+    """A conversation from its texts, of the user and the assistant in turn."""
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": next(roles), "content": text} for text in texts]
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..files import digest
 from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
-from ..responses import check_context, encode_messages, generate_batch
+from ..responses import as_messages, check_context, encode_messages, generate_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,8 +104,7 @@ def _prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequen
     has_system_turn = system_prompt_ids(tokenizer, text) != as_text
 
     def prompt_ids(system_prompt: str, texts: Sequence[str]) -> list[int]:
-        roles = itertools.cycle(("user", "assistant"))
-        turns = [{"role": next(roles), "content": text} for text in texts]
+        turns = as_messages(texts)
         if system_prompt and has_system_turn:
             turns.insert(0, {"role": "system", "content": system_prompt})
         elif system_prompt:

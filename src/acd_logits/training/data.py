@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anchors import SPLITS, load_anchor_data, split_held_out
-from ..responses import encode_messages
+from ..responses import as_messages, encode_messages
+from .instructions import common_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -102,9 +103,7 @@ def encode_example(
         return tokenizer(text, **kwargs)["input_ids"]
 
     if chat:
-        roles = itertools.cycle(("user", "assistant"))
-        turns = [{"role": next(roles), "content": text} for text in (*history, instruction)]
-        prompt = encode_messages(tokenizer, turns)
+        prompt = encode_messages(tokenizer, as_messages((*history, instruction)))
     else:
         prompt = tokens("\n\n".join((*history, instruction)))
     # The response is tokenised on its own: the model writes it token by token, from the generation prompt on
@@ -158,13 +157,8 @@ def encode_anchors(
     opposite = {"D_HR": "D_HA", "D_HA": "D_HR"}
     for example in examples:
         others = responses.get((tuple(example["input_ids"]), opposite.get(SPLITS[example["split"]], "")), [])
-        example["opening"] = max((_common_length(example["response"], other) for other in others), default=0)
+        example["opening"] = max((common_length((example["response"], other)) for other in others), default=0)
     return examples
-
-
-def _common_length(one: list[int], other: list[int]) -> int:
-    """How many tokens two responses begin with alike."""
-    return sum(1 for _ in itertools.takewhile(lambda tokens: tokens[0] == tokens[1], zip(one, other, strict=False)))
 
 
 def refusal_openings(examples: Iterable[Example]) -> list[int]:

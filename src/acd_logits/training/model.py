@@ -120,7 +120,7 @@ class OPOModel(torch.nn.Module):
         self.base.gradient_checkpointing_enable(**kwargs)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Called by Trainer from transformers 5.2X on: the base model's."""
+        """The same under its newer name."""
         self.base.activation_checkpointing_enable(**kwargs)
 
 
