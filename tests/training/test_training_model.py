@@ -68,7 +68,7 @@ def test_soft_prompt_sits_where_inference_puts_it(lengths):
 
 def example(x, y):
     """An example of these prompt and response tokens."""
-    return {"input_ids": x, "response": y, "opening": 0, "avoid_until": len(y), "split": 0}
+    return {"input_ids": x, "response": y, "opening": 0, "avoid_until": len(y), "split": 0, "begun": False}
 
 
 def response_logits(opo, batch):
@@ -158,7 +158,9 @@ def test_key_values_move_in_units_of_their_layer():
 
 def test_an_instruction_is_computed_once_within_the_bound(monkeypatch):
     model, calls = build_model(), []
-    model.register_forward_pre_hook(lambda _, __, call: calls.append(call["input_ids"].tolist()), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(
+        lambda _, __, call: calls.append(call["input_ids"].tolist()), with_kwargs=True
+    )
     rows = [(5, 6, 7), (5, 6), (), (5, 6, 7)]
     cache = instructions.InstructionCache(model)
     first = cache(rows)

@@ -227,6 +227,17 @@ def test_a_pair_trained_with_a_shared_instruction_is_used_so(tokenizer, tmp_path
         torch.testing.assert_close(scores[rows], logits["safeguarding"][:, 0], atol=1e-4, rtol=0)
 
 
+def test_the_head_is_given_tokens_in_one_piece(tokenizer, tmp_path):
+    """With a frozen matrix, torch would copy it for every row of a slice."""
+    model, pieces = build_model(), []
+    model.lm_head.register_forward_hook(lambda _, args, __: pieces.append(args[0].is_contiguous()))
+    run = Run(build_options(), build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer))
+    train_pair(model, run)
+    assert pieces
+    assert all(pieces)
+    assert not model.lm_head._forward_pre_hooks
+
+
 def test_a_run_goes_on_within_an_epoch(tokenizer, tmp_path, monkeypatch):
     """Three steps make an epoch, and a checkpoint is written after every second."""
     every = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}

@@ -62,14 +62,15 @@ class InstructionCache:
         device = self.model.device
         common = common_length(rows)
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        decoder = self.model.base_model  # no logits are wanted
         if common:
             prefix = torch.tensor([rows[0][:common]], device=device)
-            self.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            decoder(input_ids=prefix, past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(rows))
         rest = [torch.tensor(row[common:], dtype=torch.long) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True).to(device)  # on the right, which none sees
         if padded.shape[1]:
-            self.model(input_ids=padded, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            decoder(input_ids=padded, past_key_values=cache, use_cache=True)
         self._devices = [layer.keys.device for layer in cache.layers]
         # [rows, tokens, layers, 2, heads, head_dim]
         states = torch.stack(

@@ -6,6 +6,7 @@ one, it becomes `[x | pad | prompt | last token of x | response | pad]`, where x
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from .instructions import InstructionCache, common_length
 from .prompts import TrainablePrompt, layers_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
     from ..pairs.key_values import KeyValues
@@ -122,6 +125,20 @@ class OPOModel(torch.nn.Module):
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The same under its newer name."""
         self.base.activation_checkpointing_enable(**kwargs)
+
+
+@contextlib.contextmanager
+def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Give the language-model head the last tokens of a batch in one piece.
+
+    A slice of hidden states has gaps, and torch multiplies it with a frozen matrix row by row, each time with a copy
+    of the matrix: 16 rows by SmolLM2's head took 11 s instead of 0.04 s on a CPU.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def by_length(lengths: torch.Tensor) -> list[torch.Tensor]:

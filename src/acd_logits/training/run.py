@@ -24,7 +24,7 @@ from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import system_prompt_ids
 from .arguments import check_arguments
 from .data import AnchorExamples, check_context, load_examples
-from .model import OPOModel
+from .model import OPOModel, contiguous_head
 from .prompts import initial_prompts
 from .trainer import NAMES, OPOTrainer
 
@@ -119,6 +119,9 @@ def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
         ValueError: the folder holds a run with other settings, or the pair to go on from does not fit the model.
     """
     model = base_model(model)
+    # Trainer sees the prompts alone. What was placed by a device map, or is quantised, stays where it is
+    if not (getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)):
+        model.to(run.args.device)
     check_same_run(run)
     settings = training_settings(run)
     if run.args.should_save:
@@ -126,7 +129,8 @@ def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
         _write_json(run.folder / SETTINGS_NAME, settings)
     initial = initial_prompts(model, run.tokenizer, run.options)
     opo = OPOModel(model, initial, run.options.shares_instruction)
-    log = _train(opo, run)
+    with contiguous_head(model):
+        log = _train(opo, run)
     model.eval()
     losses = _held_out_summary(log, run.args)
     measured = {"dtype": str(model.dtype).removeprefix("torch."), "held_out_loss": losses, "versions": _versions()}
