@@ -53,7 +53,7 @@ def test_long_responses_are_cut_off(tokenizer):
     (example,) = encode_anchors(anchor_rows(1)[:1], tokenizer, False, 2)
     prompt = f"{HARMFUL} w30"
     parts = {"input_ids": tokenizer(prompt)["input_ids"], "response": [50, 51], "opening": 0, "avoid_until": 2}
-    assert example == parts | {"split": 0, "instruction": prompt, "kind": "harmful", "mirror": "0"}
+    assert example == parts | {"split": 0, "instruction": prompt, "kind": "harmful", "mirror": "0", "begun": False}
 
 
 def test_refusals_are_followed_to_their_end_and_avoided_at_their_start(tokenizer):
@@ -94,3 +94,11 @@ def test_answers_that_begin_as_refusals_do_are_not_followed(tokenizer):
     kept = leave_out_apologies(examples, openings)
     assert kept == [refusal, {**safe, "response": [50], "apology": True}, *examples[3:]]
     assert safe["response"] == [50, 70, 71]
+
+
+def test_what_goes_on_with_an_answer_is_no_apology(tokenizer):
+    refusal, _, safe = anchor_examples(tokenizer, held_out=0).train[:3]
+    behind = refusal | {"begun": True, "response": [70, 50]}
+    assert refusal_openings([refusal, behind]) == [50]
+    safe |= {"begun": True, "response": [50, 71]}
+    assert leave_out_apologies([safe], [50]) == [safe]

@@ -28,7 +28,7 @@ IGNORED = -100  # a label that is padding
 
 # Of one example: `input_ids` of the prompt; `response` tokens; the range of them that L_n is about, from `opening`
 # (the tokens that the opposite split's response begins with too) to `avoid_until`; `split` as an index into SPLITS;
-# `instruction`, `kind` and `mirror` as of the anchor data
+# `instruction`, `kind` and `mirror` as of the anchor data; `begun`, whether the prompt ends in an answer begun
 Example = dict[str, Any]
 Batch = dict[str, torch.Tensor]
 
@@ -147,7 +147,7 @@ def encode_anchors(
         )
         limit = max_refusal_tokens if row["split"] == "D_HR" and max_refusal_tokens else max_response_tokens
         parts = {"input_ids": prompt, "response": response[:limit], "split": SPLITS.index(row["split"])}
-        parts["avoid_until"] = max_response_tokens
+        parts |= {"avoid_until": max_response_tokens, "begun": bool(row.get("begun"))}
         return parts | {name: row[name] for name in ("instruction", "kind", "mirror")}
 
     examples = [encode(row) for row in rows]
@@ -162,19 +162,19 @@ def encode_anchors(
 
 
 def refusal_openings(examples: Iterable[Example]) -> list[int]:
-    """The first tokens of refusals."""
-    return sorted({e["response"][0] for e in examples if SPLITS[e["split"]] == "D_HR"})
+    """The first tokens of refusals, save of those behind an answer that has begun, which begin as any text goes on."""
+    return sorted({e["response"][0] for e in examples if SPLITS[e["split"]] == "D_HR" and not e["begun"]})
 
 
 def leave_out_apologies(examples: Iterable[Example], openings: Sequence[int]) -> list[Example]:
     """Examples without the answers that begin as refusals do: where a model apologises, there is nothing to follow.
 
     Those of D_HA are left out. Those of D_S keep their first token, at which the model may still say something else,
-    and are marked as `apology`.
+    and are marked as `apology`. What goes on with an answer that has begun is no apology.
     """
     kept = []
     for example in examples:
-        if SPLITS[example["split"]] == "D_HR" or example["response"][0] not in openings:
+        if example["begun"] or SPLITS[example["split"]] == "D_HR" or example["response"][0] not in openings:
             kept.append(example)
         elif SPLITS[example["split"]] == "D_S":
             kept.append(example | {"response": example["response"][:1], "apology": True})
@@ -186,7 +186,8 @@ def collate(examples: Sequence[Example]) -> Batch:
 
     Returns:
         `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, R]`, the response tokens, which end every row;
-        `avoided` `[B, R]`, those of them that L_n is about; `splits` `[B]`.
+        `avoided` `[B, R]`, those of them that L_n is about; `splits` `[B]`; `begun` `[B]`, 1 where the prompt ends in
+        an answer that has begun.
     """
     prompt_length, response_length = (max(len(e[part]) for e in examples) for part in ("input_ids", "response"))
     ids, labels, avoided, mask = [], [], [], []
@@ -199,7 +200,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         counted = range(example["opening"], min(example["avoid_until"], len(example["response"])))
         avoided.append([token if i in counted else IGNORED for i, token in enumerate(labels[-1])])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "avoided": avoided}
-    batch["splits"] = [example["split"] for example in examples]
+    batch |= {"splits": [e["split"] for e in examples], "begun": [int(e["begun"]) for e in examples]}
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 

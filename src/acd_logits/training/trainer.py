@@ -154,7 +154,8 @@ class OPOTrainer(Trainer):
             part = trim(ids[new], mask[new], labels[new])
             # This goes past the wrapper of several processes, which would wait for one that has no such rows
             for i, row in zip(new, self.model.plain_logits(*part), strict=True):
-                row[0, self._refused] = torch.finfo(row.dtype).min
+                if not inputs["begun"][rows[i]]:
+                    row[0, self._refused] = torch.finfo(row.dtype).min
                 found[keys[i]] = row[responses[i, : len(row)]].cpu()
             if sum(logits.nbytes for logits in self._plain.values()) < PLAIN_CACHE_BYTES:
                 self._plain |= found
