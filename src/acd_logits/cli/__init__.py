@@ -5,7 +5,8 @@ The commands share these:
     command.py      a parser, a run that ends in an exit code, errors of one line
     options.py      arguments that commands share
     loading.py      the model and the pair that the arguments name
-    assistant.py    a loaded model that answers, for generate and chat
+    prompts.py      the prompts of generate and explain
+    assistant.py    a loaded model that answers, for generate, chat and explain
     columns.py      two answers side by side, for generate
 """
 

@@ -1,9 +1,9 @@
-"""The assistant of `generate` and `chat`: a loaded model that answers plainly or safeguarded."""
+"""The assistant of `generate`, `chat` and `explain`: a loaded model that answers plainly or safeguarded."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .command import CommandError, user_errors
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..decoding.explanation import Explanation
     from ..decoding.logits_process import ACDLogitsProcessor
 
 
@@ -83,6 +84,18 @@ class Assistant:
             streamer=_streamer(self.tokenizer, on_text) if on_text else None,
         )
         return self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def explain(self, prompt: str, num_candidates: int) -> Explanation:
+        """Answer a prompt with the contrast, and say what it did to each token."""
+        import torch
+
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        inputs = self._encode([{"role": "user", "content": prompt}])
+        [explanation] = self.acd.explain(
+            **inputs, **self.generation_settings, tokenizer=self.tokenizer, num_candidates=num_candidates
+        )
+        return replace(explanation, prompt=prompt)  # without the chat template
 
     def _encode(self, conversation: list[dict[str, str]]) -> dict[str, Any]:
         if self.tokenizer.chat_template:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .. import __version__
-from . import anchors, chat, evaluate, export_vllm, generate, push, train
+from . import anchors, chat, evaluate, explain, export_vllm, generate, push, train
 from .command import Command, CommandParser, run_command
 
 COMMANDS: dict[str, Command] = {
     "generate": generate,
     "chat": chat,
+    "explain": explain,
     "anchors": anchors,
     "train": train,
     "evaluate": evaluate,

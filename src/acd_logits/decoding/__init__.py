@@ -5,6 +5,10 @@ logits_process.py   the processor: its options, and what it does in one call
 attach.py           all that is done to a model while a processor is attached
 call.py             one call of the model's forward
 owed.py             the contrasts that a decoding loop owes
+explain.py          a record of what the contrast did in one call
+explanation.py      what it did, token by token: object and JSON
+terminal_view.py    the same as text
+html_view.py        the same as a page
 paired.py           both streams as 2B rows of one forward
 shared.py           both streams over one copy of the instruction
 streams.py          the two soft prompts and their keys and values
@@ -14,6 +18,7 @@ layers.py           cache layers
 from __future__ import annotations
 
 from .contrast import contrast
+from .explanation import Candidate, Explanation, NewToken
 from .logits_process import ACDLogitsProcessor
 
-__all__ = ["ACDLogitsProcessor", "contrast"]
+__all__ = ["ACDLogitsProcessor", "Candidate", "Explanation", "NewToken", "contrast"]

@@ -20,6 +20,7 @@ from ..ranges import check_alpha, check_beta, check_horizon
 from .attach import BoundProcessor, ContrastProcessor, attach, detach, is_attached
 from .call import CACHE_NAMES
 from .contrast import contrast
+from .explain import explain
 from .layers import is_empty, roomier, take
 from .paired import PairedCache, known_cache
 from .shared import SharedCache, SharedStreams
@@ -28,6 +29,10 @@ from .streams import PairedStreams
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from .explanation import Explanation
 
 logger = logging.get_logger(__name__)
 
@@ -146,6 +151,36 @@ class ACDLogitsProcessor(ContrastProcessor):
         """
         pair = PromptPair.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(model, pair, alpha, beta, horizon, share_instruction_kv, frozen_model, keep_temperature)
+
+    def explain(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        num_candidates: int = 5,
+        **kwargs: Any,
+    ) -> list[Explanation]:
+        """Generate, and show what the contrast did to each new token.
+
+        One ordinary `generate()` call, and one plain forward over the finished text. All probabilities are those at
+        temperature 1, whatever the temperature of the call. Those of ACD are the distribution that was sampled from:
+        the contrast, divided by `1 - alpha` unless `keep_temperature=False`, with 0 for tokens cut by `beta`.
+
+        Args:
+            inputs: what `generate()` takes first; usually left out, with `input_ids` among the keywords.
+            tokenizer: the model's.
+            num_candidates: how many of the likeliest tokens of each stream to keep.
+            **kwargs: passed to `generate()`, which must decode one row per prompt: greedy search or sampling.
+
+        Returns:
+            One [`Explanation`] per prompt.
+
+        Raises:
+            ValueError: for beams, drafts, several sequences per prompt, `inputs_embeds`, other processors, or texts
+                beyond the length from which on a model has other rotary frequencies.
+        """
+        settings = {name: getattr(self, name) for name in ("alpha", "beta", "horizon", "keep_temperature")}
+        return explain(self, settings, inputs, tokenizer, num_candidates, kwargs)
 
     def detach(self) -> None:
         """Restore the model fully, if no other processor uses it. This one raises if it is used afterwards."""
