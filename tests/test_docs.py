@@ -201,11 +201,11 @@ def test_options_of_the_processor():
     assert documented("The processor", parameters[2:]) == []  # behind the model and the pair
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "anchors", "evaluate", "push", "export-vllm"])
+@pytest.mark.parametrize("command", ["generate", "chat", "explain", "anchors", "evaluate", "push", "export-vllm"])
 def test_options_of_the_commands(command, parse):
     parser = parse(main, "generate", "a prompt")
     (choices,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
-    heading = {"generate": "generate and chat", "chat": "generate and chat"}.get(command, command)
+    heading = "generate, chat and explain" if command in ("generate", "chat", "explain") else command
     options = [option for action in choices[command]._actions for option in action.option_strings]
     missing = documented(f"acd-logits {heading}", [option for option in options if option not in ("-h", "--help")])
     assert missing == []

@@ -41,12 +41,9 @@ def test_json_holds_all_of_it():
 def test_text():
     lines = str(EXPLANATION).splitlines()
     assert lines[:3] == ["Prompt: Can I?\\x1b[2J", "Please.", "Answer:  No"]
-    text = "\n".join(lines)
-    assert (
-        'The answers part at token 1: the plain model\'s first choice is " Yes" (61.0 %), and not " No" (2.0 %).'
-        in text
-    )
-    assert "at temperature 1 (alpha 0.5, beta 0.1, horizon 1):" in text
+    parting = 'The answers part at token 1: the plain model\'s first choice is " Yes" (61.0 %), and not " No" (2.0 %).'
+    assert parting in lines
+    assert "Probabilities in per cent, at temperature 1 (alpha 0.5, beta 0.1, horizon 1):" in lines
     assert lines[-3].split() == ["token", "plain", "S", "A", "ACD"]
     assert re.split(r" {2,}", lines[-2])[:7] == [">", '1 " No"', "2.0", "80.0", "1.0", "98.5", "raised"]
     assert lines[-2].endswith(f'plain: " Yes" 61.0; A: " Yes" 90.0; lowered: {quoted(NASTY)} 15.0; cut: " Yes" 5.0')
@@ -73,8 +70,6 @@ def test_percent(probability, shown):
 class Tree(html.parser.HTMLParser):
     """Checks that every tag is closed in order, and notes what is loaded and run."""
 
-    VOID = {"meta", "input", "br"}
-
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.foreign, self.text = [], [], [], []
@@ -84,7 +79,7 @@ class Tree(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
+        if tag not in ("meta", "input", "br"):
             self.open.append(tag)
         foreign = {"src", "href", "action", "data", "poster", "srcset", "background"}
         self.foreign += [name for name, _ in attributes if name in foreign or name.startswith("on")]
