@@ -162,11 +162,16 @@ def test_an_answer_ends_with_its_end(model, pair, tokenizer):
     assert len({len(row.tokens) for row in shorter}) > 1
 
 
-def test_an_answer_that_a_text_ends(model, pair, tokenizer):
+def test_an_answer_that_a_stopping_criterion_ends(model, pair, tokenizer):
     batch = build_batch()
     whole = explain(model, pair, tokenizer, batch)
-    stop = whole[0].tokens[2].text.strip()
-    first = explain(model, pair, tokenizer, batch, stop_strings=[stop], eos_token_id=96, pad_token_id=0)[0]
+    stop = whole[0].tokens[2].token_id
+
+    def stops(input_ids, scores):
+        return input_ids[:, -1] == stop
+
+    settings = {"stopping_criteria": [stops], "eos_token_id": 96, "pad_token_id": 0}
+    first = explain(model, pair, tokenizer, batch, **settings)[0]
     assert [token.token_id for token in first.tokens] == [token.token_id for token in whole[0].tokens[:3]]
 
 
@@ -262,5 +267,5 @@ def test_the_model_is_left_as_it_was(model, pair, tokenizer):
     assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False), plain)
     assert json.loads(explanation.to_json())["tokens"][0]["token_id"] == explanation.tokens[0].token_id
     acd.detach()
-    with pytest.raises(ValueError, match="was detached"):
-        acd.explain(**batch, tokenizer=tokenizer)
+    with pytest.raises(RuntimeError, match="keep it attached"):
+        acd.explain(**batch, tokenizer=tokenizer, max_new_tokens=2)

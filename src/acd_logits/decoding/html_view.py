@@ -46,7 +46,7 @@ _LEGEND = """<p class="legend">
 </p>"""
 _HEAD = (
     "<thead><tr><th scope='col'>token</th><th scope='col'>plain</th><th scope='col'>S</th><th scope='col'>A</th>"
-    "<th scope='col'>ACD</th><th scope='col'>contrast</th></tr></thead>"
+    "<th scope='col'>ACD</th><th scope='col'>change</th></tr></thead>"
 )
 
 
@@ -91,11 +91,12 @@ def _label(token: dict[str, Any], identity: str, name: str, checked: bool) -> st
     chosen = chosen_of(token)
     classes = [chosen["change"], *["parts"] * token["parts"]]
     strength = abs(chosen["acd"] - chosen["safeguarding"])
-    breaks = "<br>" * chosen["text"].count("\n")
-    text = escape(chosen["text"].replace("\n", "↵")) or "∅"
+    text = chosen["text"]
+    space, breaks = " " * text.startswith(" "), "<br>" * text.count("\n")  # lines break between labels
+    shown = quoted(text.replace("\n", "↵").removeprefix(" "))[1:-1] or "␣"
     return (
-        f'<input type="radio" name="{name}" id="{identity}"{" checked" * checked}>'
-        f'<label for="{identity}" class="{" ".join(classes)}" style="--d: {strength:.3f}">{text}</label>{breaks}'
+        f'{space}<input type="radio" name="{name}" id="{identity}"{" checked" * checked}>'
+        f'<label for="{identity}" class="{" ".join(classes)}" style="--d: {strength:.3f}">{escape(shown)}</label>{breaks}'
     )
 
 
