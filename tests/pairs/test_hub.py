@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import os
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
@@ -16,9 +17,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from acd_logits import PromptPair, cli
+from acd_logits import ACDLogitsProcessor, PromptPair, cli
 from conftest import PAIR_FILES, VOCAB, build_batch, build_key_value_pair, build_model, build_pair
 from hub_server import Hub
+
+SCRIPT_FILES = ["custom_generate/generate.py", "custom_generate/requirements.txt"]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,21 @@ def peft_logits(stream):
     return peft_model(ids).logits[:, -9:].tolist()
 
 
+def generate_by_id(package_is_there=True, model=None, **kwargs):
+    """Tokens of `custom_generate="org/pair"`, and whether it left something on the model."""
+    model, settings = model or build_model(), {"max_new_tokens": 8, "do_sample": False}
+    kwargs = {"custom_generate": "org/pair", "trust_remote_code": True, "token": "hf_reader"} | kwargs
+    with mock.patch.dict(sys.modules, {} if package_is_there else {"acd_logits": None}):
+        tokens = model.generate(**build_batch(), **settings, **kwargs)
+    return tokens.tolist(), "_acd_attachment" in model.__dict__
+
+
+def generate_by_processor(folder, **options):
+    model = build_model()
+    acd = ACDLogitsProcessor(model, PromptPair.from_pretrained(folder), **options)
+    return model.generate(**build_batch(), max_new_tokens=8, do_sample=False, logits_processor=[acd]).tolist()
+
+
 def run_example(card):
     """Run the first example of a model card; returns what it printed."""
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
@@ -116,7 +134,7 @@ def test_a_pushed_pair_comes_back_bit_by_bit(client, hub, folder, tmp_path):
     assert client(load, revision=sha, cache_dir=tmp_path / "by commit") == expected
 
     repo = hub.repos["org/pair"]
-    assert sorted(repo.files("main")) == [".gitattributes", *PAIR_FILES]
+    assert sorted(repo.files("main")) == sorted([".gitattributes", *PAIR_FILES, *SCRIPT_FILES])
     assert repo.resolve("main") == sha
     assert len(repo.commits) == 2  # the one that made the repository, and ours
     weights = (folder / "adversarial" / "adapter_model.safetensors").read_bytes()
@@ -130,7 +148,7 @@ def test_a_pushed_key_value_pair_comes_back_bit_by_bit(client, hub, tmp_path):
     expected = contents(PromptPair.from_pretrained(folder))
     assert expected[0].prompt_type == "key_value"
     assert client(load, cache_dir=tmp_path / "cache") == expected
-    assert sorted(hub.repos["org/pair"].files("main")) == [".gitattributes", *PAIR_FILES]
+    assert sorted(hub.repos["org/pair"].files("main")) == sorted([".gitattributes", *PAIR_FILES, *SCRIPT_FILES])
     assert b"Two key-value prompts" in hub.repos["org/pair"].files("main")["README.md"]
 
 
@@ -380,3 +398,46 @@ def test_the_commands_errors_are_one_line(client, hub, folder, change, message):
 
 def assert_one_sentence(error):
     assert re.fullmatch(r"[^\n]+", str(error.value))
+
+
+# In one line, without a processor
+
+
+def test_custom_generate_gives_the_tokens_of_the_processor(client, hub, folder):
+    client(push, folder)
+    plain = build_model().generate(**build_batch(), max_new_tokens=8, do_sample=False).tolist()
+    tokens, left_behind = client(generate_by_id)
+    assert tokens == generate_by_processor(folder) != plain
+    assert not left_behind
+    assert client(generate_by_id, alpha=0.9, beta=0.0)[0] == generate_by_processor(folder, alpha=0.9, beta=0.0)
+    assert client(generate_by_id, alpha=0.9, beta=0.0)[0] != tokens
+
+
+def test_custom_generate_from_a_branch(client, hub, folder, tmp_path):
+    client(push, folder)
+    other = save(build_pair(3, 2, seed=9, base_model_name_or_path="org/tiny"), tmp_path / "other")
+    client(push, other, revision="short")
+    assert client(generate_by_id, revision="short")[0] == generate_by_processor(other)
+    assert client(generate_by_id)[0] == generate_by_processor(folder)
+
+
+def test_custom_generate_gives_no_plain_text_where_it_cannot_run(client, hub, folder):
+    client(push, folder)
+    with pytest.raises(ImportError, match="acd_logits"):
+        client(generate_by_id, package_is_there=False)
+    with pytest.raises(ValueError, match="hidden size"):
+        client(generate_by_id, model=build_model("gpt2"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        client(generate_by_id, trust_remote_code=False)
+    repo = hub.repos["org/pair"]
+    repo.commit("main", {"custom_generate/requirements.txt": b"acd-logits>=99\n"})
+    with pytest.raises(ImportError, match="acd-logits>=99"):
+        client(generate_by_id)
+
+
+def test_the_card_says_how_to_use_it_in_one_line(client, hub, folder):
+    client(push, folder)
+    card = hub.repos["org/pair"].files("main")["README.md"].decode()
+    assert "- custom_generate\n" in card
+    assert 'custom_generate="org/pair", trust_remote_code=True' in card
+    assert "custom_generate" not in (folder / "README.md").read_text(encoding="utf-8"), "a folder carries no script"

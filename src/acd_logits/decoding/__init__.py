@@ -9,6 +9,7 @@ explain.py          a record of what the contrast did in one call
 explanation.py      what it did, token by token: object and JSON
 terminal_view.py    the same as text
 html_view.py        the same as a page
+custom_generate.py  a pair from the Hub in one line
 paired.py           both streams as 2B rows of one forward
 shared.py           both streams over one copy of the instruction
 streams.py          the two soft prompts and their keys and values

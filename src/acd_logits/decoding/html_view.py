@@ -93,10 +93,10 @@ def _label(token: dict[str, Any], identity: str, name: str, checked: bool) -> st
     strength = abs(chosen["acd"] - chosen["safeguarding"])
     text = chosen["text"]
     space, breaks = " " * text.startswith(" "), "<br>" * text.count("\n")  # lines break between labels
-    shown = quoted(text.replace("\n", "↵").removeprefix(" "))[1:-1] or "␣"
+    shown = escape(quoted(text.replace("\n", "↵").removeprefix(" "))[1:-1]) or "␣"
     return (
         f'{space}<input type="radio" name="{name}" id="{identity}"{" checked" * checked}>'
-        f'<label for="{identity}" class="{" ".join(classes)}" style="--d: {strength:.3f}">{escape(shown)}</label>{breaks}'
+        f'<label for="{identity}" class="{" ".join(classes)}" style="--d: {strength:.3f}">{shown}</label>{breaks}'
     )
 
 

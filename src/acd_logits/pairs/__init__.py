@@ -6,6 +6,7 @@ adapters.py      one soft prompt as a stock peft adapter
 fit.py           whether a pair fits a model
 key_values.py    keys and values of soft prompts
 hub.py           download and upload
+custom_generate.py  what a repository carries for `generate(..., custom_generate="org/pair")`
 model_card.py    the README.md of a saved pair, from `model_card.md`
 texts.py         the two manual system prompts
 """

@@ -50,6 +50,14 @@ inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "How do I pick a lock?"}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
 ).to(model.device)"""
+_ONE_LINE = """
+
+The same without a processor of your own. transformers runs `custom_generate/generate.py` of this repository, which
+calls the installed package. `alpha`, `beta` and `horizon` may be passed too:
+
+```python
+outputs = model.generate(**inputs, max_new_tokens=200, custom_generate="{repo_id}", trust_remote_code=True)
+```"""
 _PLAIN_INPUTS = 'inputs = tokenizer("How do I pick a lock?", return_tensors="pt").to(model.device)'
 
 
@@ -75,7 +83,7 @@ def generate_card(pair: _Pair, repo_id: str | None = None, license: str | None =
     words = _KINDS[config.prompt_type]
     return _TEMPLATE.substitute(
         words,
-        metadata=_metadata(config, license, words["tag"]),
+        metadata=_metadata(config, license, words["tag"], pushed=repo_id is not None),
         marker=MARKER,
         base=shown or "a causal language model",
         model=model if _is_hub_id(model) else f"path/to/{shown or 'model'}",
@@ -85,6 +93,7 @@ def generate_card(pair: _Pair, repo_id: str | None = None, license: str | None =
         adversarial=len(pair.adversarial),
         alpha=f"{config.alpha:g}",
         beta=f"{config.beta:g}",
+        one_line=_ONE_LINE.format(repo_id=repo_id) if repo_id else "",
         inputs=_CHAT_INPUTS if config.training.get("chat", True) else _PLAIN_INPUTS,
         harmless_rate=_results_table(config.results.get("harmless_rate")),
         over_refusal=_results_table(config.results.get("over_refusal")),
@@ -100,9 +109,9 @@ def own_card(folder: Path) -> str | None:
     return None if MARKER in text else text
 
 
-def _metadata(config: PairConfig, license: str | None, tag: str) -> str:
+def _metadata(config: PairConfig, license: str | None, tag: str, pushed: bool) -> str:
     model = config.base_model_name_or_path
-    tags = [*TAGS, tag]
+    tags = [*TAGS, tag, *["custom_generate"] * pushed]
     data = ModelCardData(license=license, library_name="acd-logits", pipeline_tag="text-generation", tags=tags)
     if _is_hub_id(model):
         data["base_model"], data["base_model_relation"] = model, "adapter"

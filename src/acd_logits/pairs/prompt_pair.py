@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, prompt_sizes, save_adapter
 from .config import CONFIG_NAME, SIZES, PairConfig
+from .custom_generate import write_custom_generate
 from .fit import base_model, chat_template_digest, check_fit, embed_tokens, model_facts
 from .hub import Repository, download
 from .key_values import embeddings_to_key_values
@@ -256,7 +257,8 @@ class PromptPair:
         """Upload the pair to the Hub, in one commit: what was there before stays until all of it has arrived.
 
         The adversarial prompt is a jailbreak for its model. So the repository is made private, and one that is already
-        public is refused, unless `private=False` is said.
+        public is refused, unless `private=False` is said. With the pair comes what
+        `generate(..., custom_generate=repo_id, trust_remote_code=True)` runs.
 
         Args:
             repo_id: the pair's id on the Hub, such as "org/acd-llama-3-8b"; made if missing.
@@ -280,6 +282,7 @@ class PromptPair:
             folder = Path(temporary)
             self.save_pretrained(folder)
             repository = Repository(repo_id, token, private)
+            write_custom_generate(folder, repository.repo_id)
             card = generate_card(self, repository.repo_id, license) if model_card is None else model_card
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
             return repository.upload(folder, commit_message, revision, create_pr)
