@@ -132,7 +132,7 @@ def test_greedy_answers_part_where_plain_generation_goes_on_otherwise(model, tok
     batch = build_batch((11, 11, 11, 11))
     plain = model.generate(**batch, max_new_tokens=NEW, do_sample=False)[:, 11:]
     places = []
-    quiet = build_pair(scale=0.05)
+    quiet = build_pair(scale=1.0)
     for row, explanation in enumerate(explain(model, quiet, tokenizer, batch, {"alpha": 0.1})):
         answer = [token.token_id for token in explanation.tokens]
         different = [i for i in range(NEW) if answer[: i + 1] != plain[row, : i + 1].tolist()]

@@ -8,7 +8,7 @@ import pytest
 
 from acd_logits.decoding import Candidate, Explanation, NewToken
 from acd_logits.decoding.html_view import to_page
-from acd_logits.decoding.terminal_view import percent, quoted
+from acd_logits.decoding.terminal_view import _fit, percent, quoted
 
 NASTY = '<script>alert("x")</script>\x1b[31m\x9b\u202e'
 YES = Candidate(5, " Yes", 0.61, 0.05, 0.9, 0.0, "cut")
@@ -51,12 +51,21 @@ def test_text():
 
 
 def test_text_in_a_terminal_keeps_to_its_width_and_colours():
-    plain = EXPLANATION.to_text(width=60).splitlines()
-    assert max(map(len, plain[-3:])) == 60
-    colored = EXPLANATION.to_text(color=True, width=60)
+    plain = EXPLANATION.to_text(width=80).splitlines()
+    assert max(map(len, plain[-3:])) == 80
+    assert plain[-2].endswith("…")
+    colored = EXPLANATION.to_text(color=True, width=80)
     assert "\x1b[32mraised" in colored
     assert re.sub(r"\x1b\[[0-9;]*m", "", colored) == "\n".join(plain)
     assert "\x1b" not in EXPLANATION.to_text()
+
+
+def test_wide_characters_take_two_cells():
+    assert _fit("锁锁锁", 8) == "锁锁锁  "
+    assert _fit("锁锁锁", 6) == "锁锁锁"
+    assert _fit("锁锁锁", 5) == "锁锁…"
+    assert _fit("锁锁锁", 4) == "锁… "
+    assert _fit("lock", 0) == ""
 
 
 @pytest.mark.parametrize(

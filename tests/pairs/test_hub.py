@@ -16,6 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from acd_logits import ACDLogitsProcessor, PromptPair, cli
 from conftest import PAIR_FILES, VOCAB, build_batch, build_key_value_pair, build_model, build_pair
@@ -425,8 +426,9 @@ def test_custom_generate_gives_no_plain_text_where_it_cannot_run(client, hub, fo
     client(push, folder)
     with pytest.raises(ImportError, match="acd_logits"):
         client(generate_by_id, package_is_there=False)
-    with pytest.raises(ValueError, match="hidden size"):
-        client(generate_by_id, model=build_model("gpt2"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="hidden"):
+        client(generate_by_id, model=LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes)))
     with pytest.raises(ValueError, match="trust_remote_code"):
         client(generate_by_id, trust_remote_code=False)
     repo = hub.repos["org/pair"]

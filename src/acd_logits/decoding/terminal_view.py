@@ -8,6 +8,7 @@ from typing import Any
 _STREAMS = ("plain", "safeguarding", "adversarial", "acd")
 _COLORS = {"raised": "32", "lowered": "33", "cut": "31", "parts": "1;35", "faint": "2"}
 _TOKEN = 16  # cells of the column of tokens
+_LEAD = 45 + _TOKEN  # cells of a line in front of the remarks
 
 
 def quoted(text: str) -> str:
@@ -77,8 +78,8 @@ def to_text(record: dict[str, Any], color: bool, width: int | None) -> str:
         change = "no A" if chosen["adversarial"] is None else chosen["change"]
         cells = f"{number:>4} {_fit(quoted(chosen['text']), _TOKEN)}"
         remarks = _remarks(token)
-        room = None if width is None else max(0, width - len(cells + numbers) - 13)
-        remarks = remarks if room is None else _fit(remarks, room).rstrip()
+        if width is not None:
+            remarks = _fit(remarks, max(0, width - _LEAD))
         lines.append(f"{mark}{cells}{numbers}  {painted(f'{change:<9}', change)}{remarks}".rstrip())
     return "\n".join(lines)
 
@@ -106,13 +107,11 @@ def _lines(text: str) -> str:
 
 def _fit(text: str, cells: int) -> str:
     """The text in exactly so many cells, cut off or filled up; Chinese characters and emoji take two."""
-    if cells < 2:
-        return " " * cells
-    kept, used = "", 0
-    for character in text:
-        wide = 2 if unicodedata.east_asian_width(character) in "WF" else 0 if unicodedata.combining(character) else 1
-        if used + wide > cells - 1 and len(kept) + 1 < len(text):
-            kept, used = kept + "…", used + 1
-            break
-        kept, used = kept + character, used + wide
-    return kept + " " * (cells - used)
+    if _cells(text) > cells:
+        end = next(n for n in range(len(text)) if _cells(text[: n + 1]) >= cells)
+        text = text[:end] + "…" * (cells > 0)
+    return text + " " * (cells - _cells(text))
+
+
+def _cells(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)

@@ -1,7 +1,7 @@
 """What a pair's repository carries for `generate(..., custom_generate="org/pair", trust_remote_code=True)`.
 
-transformers fetches the script, runs it, and calls its `generate`. It holds nothing but a call of the installed package.
-transformers raises if the package is missing, or older than the requirements say.
+transformers fetches the script, runs it, and calls its `generate`. The script is nothing but a call of the installed
+package. transformers raises if the package is missing, or older than the requirements say.
 """
 
 from __future__ import annotations
