@@ -84,11 +84,12 @@ def test_readme_example_in_an_empty_folder(tmp_path):
 
 
 @pytest.mark.real_model
-def test_quickstart_prints_what_it_says():
+@pytest.mark.parametrize("page", ["quickstart.md", "explaining.md"])
+def test_pages_print_what_they_say(page):
     namespace = {}
-    for code, printed in examples(ROOT / "docs/quickstart.md"):
+    for code, printed in examples(ROOT / "docs" / page):
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            exec(compile(code, "quickstart.md", "exec"), namespace)
+            exec(compile(code, page, "exec"), namespace)
         assert output.getvalue().strip() == (printed or "").strip()
 
 

@@ -106,7 +106,7 @@ def _panel(token: dict[str, Any], number: int) -> str:
         note = "Behind the horizon, stream S decides alone."
     else:
         note = (
-            f"{token['num_kept']} tokens were left to choose from. Those cut by beta had "
+            f"Tokens left to choose from: {token['num_kept']}. Those cut by beta had "
             f"{percent(token['cut_probability'])} % in stream S."
         )
     rows = "".join(_row(entry, entry["token_id"] == token["token_id"]) for entry in token["candidates"])
