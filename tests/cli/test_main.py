@@ -10,7 +10,8 @@ from conftest import ENVIRONMENT
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["generate", "--help"], ["--version"], ["generate", "--alpha", "x"]]
+    "arguments",
+    [["--help"], ["generate", "--help"], ["explain", "--help"], ["--version"], ["generate", "--alpha", "x"]],
 )
 def test_help_and_usage_errors_do_not_import_torch(arguments):
     code = (

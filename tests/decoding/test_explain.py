@@ -211,6 +211,7 @@ def test_texts_of_tokens_make_up_the_answer(model, pair, tokenizer):
         ({"num_return_sequences": 2, "do_sample": True}, "leave out num_return_sequences"),
         ({"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 2)])}, "leave out logits_processor"),
         ({"custom_generate": lambda **_: None}, "leave out custom_generate"),
+        ({"position_ids": torch.arange(11)[None]}, "leave out position_ids"),
         ({"num_candidates": 0}, "num_candidates must be a whole number of at least 1, got 0"),
         ({"num_candidates": True}, "num_candidates must be a whole number of at least 1, got True"),
     ],

@@ -17,6 +17,8 @@ from .attach import BoundProcessor, ContrastProcessor
 from .explanation import Candidate, Explanation, NewToken
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .explanation import Change
@@ -137,7 +139,7 @@ def explain(
     """
     if isinstance(num_candidates, bool) or not isinstance(num_candidates, int) or num_candidates < 1:
         raise ValueError(f"num_candidates must be a whole number of at least 1, got {num_candidates!r}.")
-    for name in ("logits_processor", "assistant_model", "custom_generate"):
+    for name in ("logits_processor", "assistant_model", "custom_generate", "position_ids"):
         if kwargs.get(name) is not None:
             raise ValueError(f"explain() records what its own processor does in an ordinary call: leave out {name}.")
     recording = RecordingProcessor(acd)
@@ -149,8 +151,8 @@ def explain(
     record, sequences = recording.record, output.sequences
     answers = [record.answer(sequences, row) for row in range(record.rows)]
     prompts = [record.prompt(sequences, row) for row in range(record.rows)]
-    pieces = _Pieces(tokenizer)
-    tokens = _tokens(acd.model, record, sequences, answers, prompts, num_candidates, pieces)
+    plain = _plain_logits(acd.model, sequences, record)
+    tokens = _tokens(record, plain, answers, prompts, num_candidates, _Pieces(tokenizer))
     alpha = settings["alpha"]
     return [
         Explanation(
@@ -164,15 +166,13 @@ def explain(
 
 
 @torch.no_grad()
-def _plain_logits(
-    model: PreTrainedModel, sequences: torch.Tensor, mask: torch.Tensor | None, start: int, takes_positions: bool
-) -> torch.Tensor:
-    """Logits `[B, new, vocab]` of the plain model, from which each token behind `start` follows."""
-    text, new = sequences[:, :-1], sequences.shape[1] - start
-    mask = torch.ones_like(text[:, :start]) if mask is None else mask
+def _plain_logits(model: PreTrainedModel, sequences: torch.Tensor, record: Record) -> torch.Tensor:
+    """Logits `[B, new, vocab]` of the plain model in front of each new token, from one forward."""
+    text, new = sequences[:, :-1], sequences.shape[1] - record.start
+    mask = torch.ones_like(text[:, : record.start]) if record.mask is None else record.mask
     mask = torch.nn.functional.pad(mask, (0, new - 1), value=1)
     call = {"input_ids": text, "attention_mask": mask, "use_cache": False}
-    if takes_positions:
+    if record.cache.streams.takes_positions:
         call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if model._supports_logits_to_keep():
         call["logits_to_keep"] = new
@@ -181,42 +181,48 @@ def _plain_logits(
 
 @torch.no_grad()
 def _tokens(
-    model: PreTrainedModel,
     record: Record,
-    sequences: torch.Tensor,
+    plain: torch.Tensor,
     answers: list[list[int]],
     prompts: list[list[int]],
     num_candidates: int,
     pieces: _Pieces,
 ) -> list[list[NewToken]]:
     """The new tokens of each row."""
-    takes_positions = record.cache.streams.takes_positions
-    plain = _plain_logits(model, sequences, record.mask, record.start, takes_positions)
     tokens: list[list[NewToken]] = [[] for _ in answers]
     for step in range(max(map(len, answers))):
-        safe, adversarial, result = record.safeguarding[step], record.adversarial[step], record.contrasted[step]
-        logits = [plain[:, step], safe, result] + ([] if adversarial is None else [adversarial])
-        probabilities = torch.stack([each.to(safe).softmax(-1) for each in logits], 1)  # [B, streams, vocab]
-        tops = probabilities.topk(min(num_candidates, probabilities.shape[-1]))
-        ids = torch.cat([sequences[:, record.start + step, None].to(safe.device), tops.indices.flatten(1)], 1)
-        likely = torch.cat([torch.ones_like(ids[:, :1]), (tops.values > 0).flatten(1)], 1)
-        values = probabilities.gather(2, ids[:, None].expand(-1, len(logits), -1))
-        is_cut = result.isneginf() & ~safe.isneginf()
-        cut_probability = (probabilities[:, 1] * is_cut).sum(-1)
-        columns = [ids, likely, values.transpose(1, 2), is_cut.gather(1, ids)]
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        sums = zip((~result.isneginf()).sum(-1).tolist(), cut_probability.tolist(), strict=True)
-        for row, (candidates, (kept, cut)) in enumerate(zip(rows, sums, strict=True)):
+        # Behind its end, a row has no token
+        chosen = [answer[step] if step < len(answer) else 0 for answer in answers]
+        rows = _rows(record, step, plain[:, step], chosen, num_candidates)
+        for row, (candidates, kept, cut) in enumerate(rows):
             if step < len(answers[row]):
                 before = (answers[row][:step] or prompts[row])[-1:]
-                found = _candidates(zip(*candidates, strict=True), before, pieces)
-                chosen = answers[row][step]
-                tokens[row].append(NewToken(chosen, pieces(before, chosen), found, kept, cut))
+                found = _candidates(candidates, before, pieces)
+                tokens[row].append(NewToken(chosen[row], pieces(before, chosen[row]), found, kept, cut))
     return tokens
 
 
+def _rows(record: Record, step: int, plain: torch.Tensor, chosen: list[int], num_candidates: int) -> Iterator[Any]:
+    """For each row the candidates of one step, how many tokens were kept, and what the cut ones had in stream S.
+
+    A candidate is (id, whether a stream finds it likely, probability in each stream, whether it is cut).
+    """
+    safe, adversarial, result = record.safeguarding[step], record.adversarial[step], record.contrasted[step]
+    logits = [plain, safe, result] + ([] if adversarial is None else [adversarial])
+    probabilities = torch.stack([each.to(safe).softmax(-1) for each in logits], 1)  # [B, streams, vocab]
+    tops = probabilities.topk(min(num_candidates, probabilities.shape[-1]))
+    ids = torch.cat([torch.tensor(chosen, device=safe.device)[:, None], tops.indices.flatten(1)], 1)
+    likely = torch.cat([torch.ones_like(ids[:, :1]), (tops.values > 0).flatten(1)], 1)
+    values = probabilities.gather(2, ids[:, None].expand(-1, len(logits), -1)).transpose(1, 2)
+    is_cut = result.isneginf() & ~safe.isneginf()
+    kept, cut = (~result.isneginf()).sum(-1), (probabilities[:, 1] * is_cut).sum(-1)
+    columns = (column.tolist() for column in (ids, likely, values, is_cut.gather(1, ids)))
+    candidates = (zip(*row, strict=True) for row in zip(*columns, strict=True))
+    return zip(candidates, kept.tolist(), cut.tolist(), strict=True)
+
+
 def _candidates(rows: Any, before: list[int], pieces: _Pieces) -> tuple[Candidate, ...]:
-    """Candidates from rows of (id, whether a stream finds it likely, probabilities, whether it is cut)."""
+    """Each candidate of `_rows` once, with its text."""
     found: dict[int, Candidate] = {}
     for token, likely, (plain, safe, acd, *adversarial), is_cut in rows:
         if likely and token not in found:
