@@ -237,13 +237,16 @@ class _Pieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._known: dict[tuple[int, ...], str] = {}
 
     def __call__(self, before: list[int], token: int) -> str:
-        text, shown = self._decode([*before, token]), self._decode(before)
-        return text.removeprefix(shown) if text.startswith(shown) else self._decode([token])
+        text, shown = self._decode(*before, token), self._decode(*before)
+        return text.removeprefix(shown) if text.startswith(shown) else self._decode(token)
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+    def _decode(self, *ids: int) -> str:
+        if ids not in self._known:
+            self._known[ids] = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) if ids else ""
+        return self._known[ids]
 
 
 def _ids(tokens: torch.Tensor | None) -> list[int]:
