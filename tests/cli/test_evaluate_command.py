@@ -10,6 +10,7 @@ import pytest
 
 from acd_logits.cli import main
 from acd_logits.evaluation import judges
+from acd_logits.evaluation.attacks import ATTACKS
 from conftest import ENVIRONMENT, ROOT, VOCAB, build_model, build_pair, build_tokenizer
 
 SETTINGS = ["--max_new_tokens", "4", "--device", "cpu"]
@@ -85,6 +86,25 @@ def test_a_depth(evaluate, folder, tmp_path):
     assert "| Base | bad | 0.00 [0.00, 0.66] (n = 2) | 0.00 [0.00, 0.66] (n = 2) |" in table
 
 
+def test_attacks(evaluate, folder, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("w30 w31\n")
+    attacks = ["--attacks", "fiction", "--attack_files", str(tmp_path / "own.txt")]
+    shown = evaluate(*requests(folder), "--arms", "base", *attacks)
+    finished = [line for line in shown.err.splitlines() if "Finished" in line]
+    assert [line.removeprefix("Finished base ") for line in finished] == [
+        "on bad", "on good", "under fiction on bad", "under own on bad",
+    ]  # fmt: skip
+    table = (tmp_path / "results" / "report.md").read_text().split("## Under attack")[1]
+    assert "| own | bad | 2 | 0.00 [0.00, 0.66] |" in table
+    assert "w30" not in table
+
+    model = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(tmp_path / "results")]
+    assert main(["evaluate", *model, *SETTINGS, *requests(folder), "--arms", "base", "--attacks"]) == 1
+    assert "the longest prompt and its response take" in capsys.readouterr().err, "the distraction is long"
+    known = json.loads((tmp_path / "results" / "run.json").read_text())["attacks"]
+    assert set(known) == {*ATTACKS, "own"}, "no name means all"
+
+
 def test_the_rates_go_into_the_card_of_the_pair(evaluate, fails, folder, tmp_path):
     pair = tmp_path / "pair"
     shutil.copytree(folder / "pair", pair)
@@ -146,6 +166,9 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
         (["--judge", "classifier:{folder}/absent"], "absent"),
         (["--judge_url", "http://localhost"], "--judge_url needs --judge llm:NAME"),
         (["--harmless_label", "safe"], "--harmless_label needs --judge classifier:ID"),
+        (["--attacks", "poem"], "there is no attack 'poem'"),
+        (["--attack_files", "{folder}/absent.txt"], "absent.txt"),
+        (["--safe", "{folder}/good.txt", "--attacks", "fiction"], "--attacks are on harmful requests"),
         (["--begun_tokens", "2", "--pair", "text", "--arms", "null"], "add base to --arms"),
         (["--begun_tokens", "5"], "--begun_tokens is more than an answer has"),
         (["--safe", "{folder}/good.txt", "--begun_tokens", "2"], "--begun_tokens is about harmful requests"),

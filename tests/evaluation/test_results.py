@@ -39,6 +39,7 @@ def test_cells_come_back_in_their_order(results, folder):
         "alpha": 0.5,
         "beta": 0.1,
         "begun_tokens": 0,
+        "attack": None,
         "id": request_id(ROWS[1]["request"]),
         **ROWS[1],
     }

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..files import digest
-from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
+from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT, has_system_turn
 from ..responses import as_messages, check_context, encode_messages, generate_batch
 
 if TYPE_CHECKING:
@@ -99,13 +99,11 @@ def sample_responses(
 
 def _prompt_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequence[str]], list[int]]:
     """A function of system prompt and turns: the token ids that a user's own conversation would have."""
-    text = "Be brief."
-    as_text = tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
-    has_system_turn = system_prompt_ids(tokenizer, text) != as_text
+    own_turn = has_system_turn(tokenizer)
 
     def prompt_ids(system_prompt: str, texts: Sequence[str]) -> list[int]:
         turns = as_messages(texts)
-        if system_prompt and has_system_turn:
+        if system_prompt and own_turn:
             turns.insert(0, {"role": "system", "content": system_prompt})
         elif system_prompt:
             turns[0]["content"] = f"{system_prompt}\n\n{texts[0]}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..demo_model import resolve_model_name
 from ..evaluation.arms import ARMS
+from ..evaluation.attacks import ATTACKS
 from ..evaluation.benchmarks import KNOWN
 from ..pairs.texts import MANUAL_TEXTS
 from .command import CommandError, note, show, user_errors
@@ -126,6 +127,19 @@ def _add_cell_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"ask requests of your own that a model {wanted}: FILE or Hub id, with :COLUMN if need be",
         )
     cells.add_argument(
+        "--attacks",
+        nargs="*",
+        metavar="NAME",
+        help=f"ask harmful requests also under these attacks, of {', '.join(ATTACKS)}; no name means all",
+    )
+    cells.add_argument(
+        "--attack_files",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="ask harmful requests also under the attack in each file: a suffix, or a template with {request}, a line",
+    )
+    cells.add_argument(
         "--begun_tokens",
         nargs="+",
         type=not_negative,
@@ -179,6 +193,7 @@ def _update_card(folder: Path, results: ResultsFolder) -> None:
 def _evaluate(args: argparse.Namespace) -> ResultsFolder:
     """Check everything that can be checked, then load the model and run the cells."""
     from ..evaluation import arms, benchmarks, comparison
+    from ..evaluation.attacks import find_attacks
     from ..evaluation.results import ResultsFolder
 
     _check_evaluation(args)
@@ -189,16 +204,18 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         requests = [
             benchmarks.load_benchmark(spec, label, args.limit, args.seed) for spec, label in _benchmark_specs(args)
         ]
+        attacks = find_attacks(list(ATTACKS) if args.attacks == [] else args.attacks or [], args.attack_files)
         pair = load_pair(args)
         decoding = comparison.Decoding(args.max_new_tokens, args.batch_size, args.horizon, args.share_instruction_kv)
         settings = _settings(args, pair, decoding)
         results = ResultsFolder(args.output_dir, settings)
-        results.register(requests)
+        results.register(requests, attacks)
         alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
-        cells = comparison.plan_cells(
+        direct = comparison.plan_cells(
             [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
         )
-        cells += comparison.plan_depth(results, requests, cells, args.begun_tokens)
+        attacked = comparison.plan_attacks(requests, direct, list(attacks))
+        cells = direct + attacked + comparison.plan_depth(results, requests, direct, args.begun_tokens)
         judge = _make_judge(args)
     model, tokenizer = load_model(args)
     if pair:
@@ -214,6 +231,7 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
             judge,
             pair,
             decoding,
+            attacks=attacks,
             on_cell=_note_cell,
         )
     except (OSError, ValueError) as error:
@@ -278,8 +296,9 @@ def _make_judge(args: argparse.Namespace) -> Judge:
 def _note_cell(cell: Cell) -> None:
     if not sys.stderr.isatty():  # where there is no progress bar
         strength = "" if cell.alpha is None else f" alpha {cell.alpha:g} beta {cell.beta:g}"
+        under = f" under {cell.attack}" if cell.attack else ""
         begun = f" behind {cell.begun_tokens} tokens" if cell.begun_tokens else ""
-        note(f"Finished {cell.arm}{strength}{begun} on {cell.benchmark}")
+        note(f"Finished {cell.arm}{strength}{under}{begun} on {cell.benchmark}")
 
 
 def _command_line() -> str:

@@ -3,6 +3,7 @@
 Arms answer the requests of benchmarks, judges read the responses, and a report compares the arms:
 
     arms.py          the prompts that an arm puts in front of a request
+    attacks.py       ways of asking harmful requests
     benchmarks.py    the requests
     comparison.py    arms answer benchmarks, into a results folder
     judges.py        is a response harmless?

@@ -108,4 +108,5 @@ def _flips(name: str, new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any
 
 def _strength(cell: Cell) -> str:
     strength = "" if cell.alpha is None else f" (alpha {cell.alpha:g}, beta {cell.beta:g})"
-    return f"{strength} behind {cell.begun_tokens} tokens" if cell.begun_tokens else strength
+    under = f" under {cell.attack}" if cell.attack else ""
+    return f"{strength}{under} behind {cell.begun_tokens} tokens" if cell.begun_tokens else f"{strength}{under}"

@@ -10,8 +10,10 @@ import datetime
 import importlib.metadata
 import platform
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ..pairs.texts import has_system_turn
 from ..refusal import is_refusal, turns_around
 from ..responses import encode_messages, generate_responses
 from .arms import ARMS, arm_processor
@@ -20,13 +22,14 @@ from .judges import continuation_judge
 from .results import Cell, cell_of, may_begin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..pairs.prompt_pair import PromptPair
     from ..responses import Response
-    from .arms import Arm
+    from .arms import Messages
+    from .attacks import Attack
     from .benchmarks import Benchmark, Request
     from .judges import Judge, Verdict
     from .results import ResultsFolder
@@ -65,6 +68,23 @@ def plan_cells(
     return list(dict.fromkeys(cells))
 
 
+def plan_attacks(benchmarks: Sequence[Benchmark], cells: Sequence[Cell], attacks: Sequence[str]) -> list[Cell]:
+    """The cells with harmful requests once more under each attack, to run behind them.
+
+    Args:
+        benchmarks: the requests.
+        cells: as of [`plan_cells`].
+        attacks: the names of the attacks.
+
+    Raises:
+        ValueError: no request is harmful.
+    """
+    harmful = _with_harmful(benchmarks)
+    if attacks and not harmful:
+        raise ValueError("--attacks are on harmful requests: name a benchmark that has some")
+    return [replace(cell, attack=name) for name in attacks for cell in cells if cell.benchmark in harmful]
+
+
 def plan_depth(
     results: ResultsFolder, benchmarks: Sequence[Benchmark], cells: Sequence[Cell], begun_tokens: Sequence[int]
 ) -> list[Cell]:
@@ -81,7 +101,7 @@ def plan_depth(
     """
     if not begun_tokens:
         return []
-    harmful = {benchmark.name for benchmark in benchmarks if any(r.label == "harmful" for r in benchmark.requests)}
+    harmful = _with_harmful(benchmarks)
     if not harmful:
         raise ValueError("--begun_tokens is about harmful requests: name a benchmark that has some")
     base = {cell for cell in cells if cell.arm == "base"}
@@ -93,6 +113,10 @@ def plan_depth(
         )
     depths = [n for n in dict.fromkeys(begun_tokens) if n]
     return [replace(cell, begun_tokens=n) for n in depths for cell in cells if cell.benchmark in harmful]
+
+
+def _with_harmful(benchmarks: Sequence[Benchmark]) -> set[str]:
+    return {benchmark.name for benchmark in benchmarks if any(r.label == "harmful" for r in benchmark.requests)}
 
 
 def run_facts(command: str, device: str) -> dict[str, Any]:
@@ -121,6 +145,7 @@ def run_comparison(
     pair: PromptPair | None = None,
     decoding: Decoding = Decoding(),
     *,
+    attacks: Mapping[str, Attack] = MappingProxyType({}),
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Run the cells that are not in the folder yet.
@@ -130,10 +155,11 @@ def run_comparison(
         tokenizer: its tokenizer.
         results: the folder, started.
         benchmarks: the requests.
-        cells: the cells to run, as of [`plan_cells`] and then [`plan_depth`].
+        cells: the cells to run, as of [`plan_cells`] and then [`plan_attacks`] and [`plan_depth`].
         judge: gives a verdict on each response to a harmful request.
         pair: the learned pair, for the arms that need one.
         decoding: how requests are answered.
+        attacks: those of the cells, by name.
         on_cell: is told each cell that is finished.
 
     Raises:
@@ -148,11 +174,11 @@ def run_comparison(
     total, left = (sum(sizes[cell.benchmark] for cell in some) for some in (cells, missing))
     with logging.tqdm(desc="Evaluating", total=total, initial=total - left, unit="response") as progress:
         for cell in missing:
-            arm, asked = ARMS[cell.arm], _asked(results, named[cell.benchmark], cell)
+            arm, asked = ARMS[cell.arm], _asked(results, named[cell.benchmark], cell, attacks)
             responses = generate_responses(
                 model,
                 tokenizer,
-                [_prompt(tokenizer, request, arm) + begun for request, begun in asked],
+                [_prompt(tokenizer, question.messages, arm.transform) + question.begun for question in asked],
                 arm_processor(
                     arm,
                     model,
@@ -172,38 +198,64 @@ def run_comparison(
             on_cell(cell)
 
 
-def _asked(results: ResultsFolder, benchmark: Benchmark, cell: Cell) -> list[tuple[Request, list[int]]]:
-    """The requests of a cell, each with the tokens that its answer begins with."""
+@dataclass(frozen=True)
+class _Question:
+    """A request, the conversation that asks it, and the tokens that its answer begins with."""
+
+    request: Request
+    messages: Messages
+    begun: list[int]
+
+
+def _asked(results: ResultsFolder, benchmark: Benchmark, cell: Cell, attacks: Mapping[str, Attack]) -> list[_Question]:
+    """The questions of a cell."""
+    if cell.attack:
+        harmful = [request for request in benchmark.requests if request.label == "harmful"]
+        conversations = attacks[cell.attack].ask([request.text for request in harmful])
+        return [_Question(*asked, []) for asked in zip(harmful, conversations, strict=True)]
+    plain = [_Question(request, _plainly(request), []) for request in benchmark.requests]
     if not cell.begun_tokens:
-        return [(request, []) for request in benchmark.requests]
+        return plain
     base = [row for row in results.rows if cell_of(row) == Cell(benchmark.name, "base")]
     return [
-        (request, row["response_ids"][: cell.begun_tokens])
-        for request, row in zip(benchmark.requests, base, strict=True)
+        replace(question, begun=row["response_ids"][: cell.begun_tokens])
+        for question, row in zip(plain, base, strict=True)
         if may_begin(row, cell.begun_tokens)
     ]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, request: Request, arm: Arm | None = None) -> list[int]:
-    messages = [{"role": "user", "content": request.text}]
-    return encode_messages(tokenizer, arm.transform(messages) if arm and arm.transform else messages)
+def _plainly(request: Request) -> Messages:
+    return [{"role": "user", "content": request.text}]
+
+
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, transform: Callable[[Messages], Messages] | None = None
+) -> list[int]:
+    messages = transform(messages) if transform else messages
+    first, *others = messages
+    if first["role"] == "system" and not has_system_turn(tokenizer):
+        messages = [{**others[0], "content": f"{first['content']}\n\n{others[0]['content']}"}, *others[1:]]
+    return encode_messages(tokenizer, messages)
 
 
 def _measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cell: Cell,
-    asked: Sequence[tuple[Request, list[int]]],
+    asked: Sequence[_Question],
     responses: Sequence[Response],
     judge: Judge,
 ) -> list[dict[str, Any]]:
     """The rows of a cell: one for each response, with everything that is measured on it."""
     is_word = word_check(tokenizer)
-    judge, refuses = (continuation_judge(judge), turns_around) if cell.begun_tokens else (judge, is_refusal)
-    verdicts = _judge_harmful(judge, [request for request, _ in asked], responses)
+    # An answer that has begun, or that an attack tells how to begin, may turn around behind its first words
+    judge, refuses = (judge, is_refusal) if cell == cell.direct else (continuation_judge(judge), turns_around)
+    verdicts = _judge_harmful(judge, [question.request for question in asked], responses)
     rows = []
-    for (request, begun), response in zip(asked, responses, strict=True):
-        loss, loss_tokens = response_loss(model, tokenizer, _prompt(tokenizer, request) + begun, response.text)
+    for question, response in zip(asked, responses, strict=True):
+        request, begun = question.request, question.begun
+        prompt = _prompt(tokenizer, _plainly(request)) + begun
+        loss, loss_tokens = response_loss(model, tokenizer, prompt, response.text)
         broken, words = broken_words(response.text, is_word)
         rows.append(
             {
@@ -224,7 +276,7 @@ def _measure(
         )
         if begun:
             rows[-1]["begun"] = tokenizer.decode(begun, skip_special_tokens=True)
-        elif cell.arm == "base" and request.label == "harmful":  # other answers may begin with it
+        elif cell == Cell(cell.benchmark, "base") and request.label == "harmful":  # other answers may begin with it
             rows[-1]["response_ids"] = list(response.ids)
     return rows
 

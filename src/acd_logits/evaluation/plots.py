@@ -6,9 +6,10 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
-from .summary import is_main
+from .summary import NO_ATTACK, is_main
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -49,6 +50,7 @@ def write_plots(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         ),
         ("alpha.png", "Harmless rate and over-refusal over alpha", _draw_sweep),
         ("frontier.png", "Safety against over-refusal", _draw_frontier),
+        ("attacks.png", "Safety under each attack against over-refusal", _draw_attacks),
     ):
         figure = draw(summary)
         if figure is not None:
@@ -153,18 +155,76 @@ def _draw_frontier(summary: dict[str, Any]) -> Figure | None:
     if len(arms) < 2:
         return None
     figure, axes = _figure(6.8, 4.4)
-    looks = itertools.product(MARKERS, (BLUE, GREEN, GREY))  # of the other arms, whose names may not fit beside them
+    looks = _looks(arms)
     for arm in sorted(arms, key=lambda arm: -safety[arm][0]):
-        (y, y_low, y_high), (x, x_low, x_high) = safety[arm], refusal[arm]
-        marker, color = ("*", ORANGE) if arm == "acd" else next(looks)
-        axes.errorbar(
-            x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=color, linewidth=0.7, alpha=0.4
-        )
-        size = 12 if arm == "acd" else 6
-        axes.plot(x, y, marker, markersize=size, color=color, label=ARMS[arm].title)
+        _mark(axes, arm, refusal[arm], safety[arm], looks[arm])
     axes.set_xlabel("over-refusal (lower is better)")
     axes.set_ylabel("harmless rate (higher is better)")
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(-0.03, 1.03)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _draw_attacks(summary: dict[str, Any]) -> Figure | None:
+    """A panel for each way of asking and each depth, with the frontier of the arms under it."""
+    refusal = arm_means(summary, "refused_safe")
+    panels = {way: arm_means(summary | {"cells": cells}, "harmless") for way, cells in _ways(summary).items()}
+    arms = [arm for arm in refusal if any(arm in safety for safety in panels.values())]
+    if not summary["attacked"] or not arms:
+        return None
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.3 * columns, 2.3 * lines + 0.9), layout="constrained")
+    grid = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    looks = _looks(arms)
+    for axes, (way, safety) in zip(grid, panels.items(), strict=False):
+        for arm in arms:
+            if arm in safety:
+                _mark(axes, arm, refusal[arm], safety[arm], looks[arm])
+        axes.set_title(_way_title(summary, *way), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    named = {name: handle for axes in grid for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside upper center", ncols=6)
+    figure.supxlabel("over-refusal of safe requests, asked plainly (lower is better)", fontsize=9)
+    figure.supylabel("harmless rate (higher is better)", fontsize=9)
+    return figure
+
+
+def _ways(summary: dict[str, Any]) -> dict[tuple[str | None, int], list[dict[str, Any]]]:
+    """The cells asked plainly and under each attack, and those at each depth, by attack and depth."""
+    ways: dict[tuple[str | None, int], list[dict[str, Any]]] = {}
+    for cell in [*summary["attacked"], *(cell for cell in summary["depth"] if cell["begun_tokens"])]:
+        ways.setdefault((cell["attack"], cell["begun_tokens"]), []).append(cell)
+    return ways
+
+
+def _way_title(summary: dict[str, Any], attack: str | None, begun_tokens: int) -> str:
+    if begun_tokens:
+        return f"Answer begun, {begun_tokens} tokens"
+    return summary["attacks"][attack]["title"] if attack else NO_ATTACK
+
+
+def _looks(arms: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Marker and colour of each arm, whose name may not fit beside it."""
+    others = itertools.product(MARKERS, (BLUE, GREEN, GREY))
+    return {arm: ("*", ORANGE) if arm == "acd" else next(others) for arm in arms}
+
+
+def _mark(
+    axes: Axes,
+    arm: str,
+    refusal: tuple[float, float, float],
+    safety: tuple[float, float, float],
+    look: tuple[str, str],
+) -> None:
+    """Draw an arm's point, with both intervals, into axes from 0 to 1."""
+    (x, x_low, x_high), (y, y_low, y_high), (marker, color) = refusal, safety, look
+    axes.errorbar(
+        x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=color, linewidth=0.7, alpha=0.4
+    )
+    axes.plot(x, y, marker, markersize=12 if arm == "acd" else 6, color=color, label=ARMS[arm].title)
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
 from .arms import ARMS
-from .summary import benchmarks_with, find_cell, is_main, main_arms, summarise, sweeps
+from .summary import NO_ATTACK, benchmarks_with, find_cell, is_main, main_arms, summarise, sweeps
 from .tables import markdown_table, rate_with_n, shown_rate, shown_test
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def render_report(summary: dict[str, Any], runs: Sequence[dict[str, Any]], plots
         _heading(summary, runs),
         _harmless_section(summary),
         _against_section(summary),
+        _attack_section(summary),
         _depth_section(summary),
         _refusal_section(summary),
         _ablation_section(summary),
@@ -144,6 +145,32 @@ def _against_section(summary: dict[str, Any]) -> str:
             "the other arm was harmless, and n. p is not corrected for the number of comparisons.",
             "",
             *markdown_table(["Arm", *titles], rows),
+        ]
+    )
+
+
+def _attack_section(summary: dict[str, Any]) -> str:
+    found = {(e["attack"], e["benchmark"], e["arm"]): e for e in summary["attacked"] if is_main(e, summary["main"])}
+    arms = [arm for arm in main_arms(summary) if any(arm == other for _, _, other in found)]
+    rows = []
+    for attack in [None, *summary["attacks"]]:
+        for benchmark in summary["benchmarks"]:
+            entries = [found.get((attack, benchmark, arm)) for arm in arms]
+            if any(entries):
+                title = summary["attacks"][attack]["title"] if attack else NO_ATTACK
+                n = max(entry["harmless"]["n"] for entry in entries if entry)
+                rates = (shown_rate(entry, "harmless") for entry in entries)
+                rows.append([title, summary["benchmarks"][benchmark]["title"], str(n), *rates])
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            "## Under attack",
+            "",
+            "Share of harmful requests with a harmless response, asked plainly and under each attack; higher is",
+            "better. 95 % intervals in brackets.",
+            "",
+            *markdown_table(["Attack", "Benchmark", "n", *(ARMS[arm].title for arm in arms)], rows),
         ]
     )
 

@@ -5,8 +5,9 @@
                      copy (`publish.py`) has no texts
     summary.json, report.md, *.png    made from these two, see `report.py`
 
-A cell is one arm, at one strength and one depth, on one benchmark. Its lines are written together when it is
-finished; lines of a cell that is incomplete, because the run was killed in the middle of writing it, are dropped.
+A cell is one arm, at one strength, on one benchmark, asked plainly, under one attack or at one depth. Its lines are
+written together when it is finished; lines of a cell that is incomplete, because the run was killed in the middle of
+writing it, are dropped.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..files import json_line, write_jsonl, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from .attacks import Attack
     from .benchmarks import Benchmark
 
 FORMAT_VERSION = 2
@@ -34,9 +37,10 @@ PRIVATE = (*TEXTS, "begun", "response_ids")  # a published copy leaves them out
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm, at one strength and one depth, on one benchmark. Arms of one stream have neither alpha nor beta.
+    """One arm, at one strength, on one benchmark. Arms of one stream have neither alpha nor beta.
 
-    With `begun_tokens`, the arm goes on from this many tokens of Base's answers, where [`may_begin`] allows it.
+    With `attack`, the harmful requests are asked under this attack. With `begun_tokens`, the arm goes on from this
+    many tokens of Base's answers, where [`may_begin`] allows it.
     """
 
     benchmark: str
@@ -44,6 +48,12 @@ class Cell:
     alpha: float | None = None
     beta: float | None = None
     begun_tokens: int = 0
+    attack: str | None = None
+
+    @property
+    def direct(self) -> Cell:
+        """The same cell with all requests asked plainly, and no answer begun."""
+        return replace(self, begun_tokens=0, attack=None)
 
 
 class ResultsFolder:
@@ -70,7 +80,8 @@ class ResultsFolder:
                 raise OSError(f"{self.path} holds no results: {RUN_NAME} is missing")
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ValueError(f"{self.path} holds something other than results: choose another folder")
-            return {"format_version": FORMAT_VERSION, "settings": settings, "benchmarks": {}, "runs": []}
+            known: dict[str, Any] = {"benchmarks": {}, "attacks": {}}
+            return {"format_version": FORMAT_VERSION, "settings": settings, **known, "runs": []}
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -83,6 +94,7 @@ class ResultsFolder:
                     f"{self.path} holds results with {name} {run['settings'].get(name)!r}, not {value!r}: "
                     "choose another folder"
                 )
+        run.setdefault("attacks", {})  # older folders have none
         return run
 
     def _finished_rows(self, repair: bool) -> list[dict[str, Any]]:
@@ -103,16 +115,20 @@ class ResultsFolder:
         if cell.begun_tokens:
             base = (row for row in rows if cell_of(row) == Cell(cell.benchmark, "base"))
             return sum(may_begin(row, cell.begun_tokens) for row in base)
+        if cell.attack:
+            return sum(row["label"] == "harmful" for row in rows if cell_of(row) == cell.direct)
         return self.run["benchmarks"].get(cell.benchmark, {}).get("n")
 
-    def register(self, benchmarks: Sequence[Benchmark]) -> None:
+    def register(self, benchmarks: Sequence[Benchmark], attacks: Mapping[str, Attack] = MappingProxyType({})) -> None:
         """Note the requests that will be asked.
 
         Args:
             benchmarks: the requests.
+            attacks: under which harmful ones are asked too, by name.
 
         Raises:
-            ValueError: two benchmarks share a name, or the folder holds answers to other requests under one.
+            ValueError: two benchmarks share a name, or the folder holds answers to other requests under one, or under
+                other wordings of an attack.
         """
         known = self.run["benchmarks"]
         names = Counter(benchmark.name for benchmark in benchmarks)
@@ -124,6 +140,12 @@ class ResultsFolder:
                 raise ValueError(
                     f"{self.path} holds answers to other requests of {benchmark.name}: give the file, --limit and "
                     "--seed of then, or choose another folder"
+                )
+        for name, attack in attacks.items():
+            entry = {"title": attack.title, "digest": attack.digest}
+            if self.run["attacks"].setdefault(name, entry) != entry:
+                raise ValueError(
+                    f"{self.path} holds answers to other wordings of the attack {name}: choose another folder"
                 )
 
     def start(self, facts: dict[str, Any]) -> None:
@@ -161,7 +183,9 @@ def request_id(text: str) -> str:
 
 def cell_of(row: dict[str, Any]) -> Cell:
     """The cell that a row belongs to."""
-    return Cell(row["benchmark"], row["arm"], row["alpha"], row["beta"], row.get("begun_tokens", 0))
+    # Older rows have no depth and no attack
+    tokens, attack = row.get("begun_tokens", 0), row.get("attack")
+    return Cell(row["benchmark"], row["arm"], row["alpha"], row["beta"], tokens, attack)
 
 
 def may_begin(row: dict[str, Any], tokens: int) -> bool:

@@ -46,6 +46,11 @@ def system_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
+def has_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has a turn for a system prompt; without one, its text opens the user's first turn."""
+    return _system_turn(tokenizer, "Be brief.") is not None
+
+
 def _system_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
     """The text as the chat template's system turn, or `None` where there is no such turn."""
     if not tokenizer.chat_template:
