@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import T5Config
 
 from acd_logits import ACDLogitsProcessor, PromptPair
-from acd_logits.evaluation.harness import ACDLM, contrasted_logits
-from conftest import VOCAB, build_model, build_pair, build_tokenizer
-from reference import ReferenceProcessor
+from acd_logits.evaluation.harness import ACDLM
+from conftest import VOCAB, build_key_value_pair, build_model, build_pair, build_tokenizer
+from reference import ReferenceProcessor, SharedReference
 
 BOS = 1
 # Several lengths in one batch, one-token choices of one context, and an empty context, which stands for BOS
@@ -87,22 +87,6 @@ def test_loglikelihoods_are_those_of_the_reference(paths, alpha, beta):
     assert got[-1].isfinite()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "mamba2", "bamba"])
-@pytest.mark.parametrize("lengths", [(7, 4), (4, 7)])
-def test_every_position_of_every_architecture_is_contrasted(name, lengths):
-    model, pair = build_model(name), build_pair(*lengths)
-    rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22, 23]]
-    inputs = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
-    acd = ACDLogitsProcessor(model, pair, alpha=0.5)
-    with torch.no_grad():
-        got = contrasted_logits(acd, inputs, beta=0.1)
-    acd.detach()
-    reference = ReferenceProcessor(model, pair, 0.5, 0.1)
-    for row, scores in zip(rows, got, strict=True):
-        expected = torch.cat([reference(torch.tensor([row[: i + 1]]), None) for i in range(len(row))])
-        torch.testing.assert_close(scores[: len(row)], expected, atol=1e-4, rtol=0)
-
-
 def test_rolling_windows_leave_room_for_the_soft_prompt(paths):
     model, pair = build_model(), build_pair()
     assert build(paths).max_length == 256 - 7
@@ -131,6 +115,34 @@ def test_the_results_say_the_strengths_in_use(paths):
     assert [build(paths).get_model_info()[name] for name in strengths] == [0.5, 0.1, 0]
     lm = build(paths, alpha=0.3, beta=0.2)
     assert [lm.get_model_info()[name] for name in strengths] == [0.3, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("kind", ["embedding", "key_value"])
+def test_a_shared_instruction_is_the_context(paths, tmp_path, kind):
+    pair = build_key_value_pair() if kind == "key_value" else build_pair(share_instruction_kv=True)
+    pair.save_pretrained(tmp_path)
+    model, lm = build_model(), build((paths[0], str(tmp_path)), alpha=0.7, max_length=pair_width(pair) + 10)
+    answers = ask(lm, "loglikelihood", *((words(context), " " + words(answer)) for context, answer in TEXTS))
+    expected = [shared_loglikelihood(model, pair, *text, 0.7) for text in TEXTS]
+    assert [value for value, _ in answers] == pytest.approx(expected, abs=1e-4)
+    long = list(range(10, 24))
+    (answer,) = ask(lm, "loglikelihood", (words(long), " w8 w9"))
+    assert answer[0] == pytest.approx(shared_loglikelihood(model, pair, long[-9:], [8, 9], 0.7), abs=1e-4)
+    rolled = ask(lm, "loglikelihood_rolling", (words(range(30, 37)),))
+    assert rolled == pytest.approx([shared_loglikelihood(model, pair, [BOS], range(30, 37), 0.7)], abs=1e-4)
+
+
+def pair_width(pair):
+    return max(len(pair.safeguarding), len(pair.adversarial))
+
+
+def shared_loglikelihood(model, pair, context, continuation, alpha):
+    reference = SharedReference(model, pair, alpha)
+    ids, total = list(context) or [BOS], 0.0
+    for token in continuation:
+        total += reference(torch.tensor([ids]), None)[0].log_softmax(-1)[token].item()
+        ids.append(token)
+    return total
 
 
 def test_what_the_threshold_cuts_is_warned_of(paths, caplog):
@@ -190,19 +202,6 @@ def test_what_does_not_fit_is_said_before_the_model_is_loaded(paths, tmp_path, m
     build_pair(base_model_name_or_path="org/other").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="made for org/other"):
         build((paths[0], str(tmp_path)))
-
-
-def test_a_shared_instruction_scores_no_texts():
-    acd = ACDLogitsProcessor(build_model(), build_pair(share_instruction_kv=True))
-    with pytest.raises(ValueError, match="where its instruction ends: choose tasks that generate"):
-        contrasted_logits(acd, torch.tensor([[5, 6, 7]]), 0.0)
-
-
-def test_texts_that_the_soft_prompts_do_not_reach():
-    acd = ACDLogitsProcessor(build_model("mistral_sliding"), build_pair())
-    contrasted_logits(acd, torch.full((1, 153), 5), 0.0)
-    with pytest.raises(ValueError, match="carry a soft prompt 153 tokens far"):
-        contrasted_logits(acd, torch.full((1, 154), 5), 0.0)
 
 
 CHOICES = """\

@@ -9,7 +9,6 @@ hands over to lm_eval's command line. Later versions find the class by the entry
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +16,16 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from transformers import DynamicCache
 from transformers.utils import logging
 
-from ..decoding.call import CACHE_NAMES
-from ..decoding.contrast import contrast
 from ..decoding.logits_process import ACDLogitsProcessor
-from ..decoding.paired import PairedCache
 from ..decoding.shared import SharedStreams
 from ..demo_model import resolve_model_name, resolve_pair_name
 from ..pairs.fit import check_fit_unloaded
 from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import MANUAL_TEXTS
 from ..ranges import check_alpha, check_beta
+from .likelihood import contrasted_logits, response_loglikelihoods
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -132,8 +128,13 @@ class ACDLM(HFLM):
         ):
             return contrasted_logits(self.acd, inps, self.loglikelihood_beta)
 
-    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        answers = super()._loglikelihood_tokens(*args, **kwargs)
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        if isinstance(self.acd.streams, SharedStreams):
+            answers = self._score_behind_instructions(requests)
+        else:
+            answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
         if any(loglikelihood == -math.inf for loglikelihood, _ in answers):
             logger.warning_once(
                 f"beta={self.loglikelihood_beta} gives some texts the log-likelihood -inf: their perplexity is "
@@ -141,41 +142,17 @@ class ACDLM(HFLM):
             )
         return answers
 
-
-def contrasted_logits(acd: ACDLogitsProcessor, input_ids: torch.Tensor, beta: float) -> torch.Tensor:
-    """The contrast at every position of given texts, in one paired forward.
-
-    Every text stands behind the soft prompts from its first token on, so the rows may only be padded on the right:
-    what a causal model says about a token does not depend on what follows.
-
-    Args:
-        acd: the processor, with one strength for all rows.
-        input_ids: `[B, T]`.
-        beta: plausibility threshold.
-
-    Returns:
-        `[B, T, vocab]` unnormalised float32 scores of the token that follows each position, `-inf` for those cut.
-
-    Raises:
-        ValueError: the processor shares the instruction, and nothing here says where an instruction ends; or the texts
-            are longer than the soft prompts reach.
-    """
-    if isinstance(acd.streams, SharedStreams):
-        raise ValueError(
-            "log-likelihoods cannot be scored under share_instruction_kv, since a text to score does not say where "
-            "its instruction ends: choose tasks that generate."
-        )
-    acd.streams.check_length(input_ids.shape[1] + 1)
-    model = acd.model
-    # The forward's hooks answer a call that carries a paired cache: see paired.py
-    cache = PairedCache(acd.streams, DynamicCache(config=model.config.get_text_config(decoder=True)))
-    name = next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
-    safe = model(input_ids=input_ids, use_cache=True, **{name: cache}).logits
-    adversarial = cache.owed.adversarial
-    assert adversarial is not None
-    # Row by row, since the contrast makes several copies of what it is given
-    rows = zip(safe, adversarial, strict=True)
-    return torch.stack([contrast(s.float(), a.float(), acd.alpha, beta, acd.keep_temperature) for s, a in rows])
+    def _score_behind_instructions(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Score each continuation behind its context, which both streams share; one at a time."""
+        answers = []
+        for texts, context, continuation in logging.tqdm(requests, desc="Scoring"):
+            kept = context[-max(1, self.max_length + 1 - len(continuation)) :]  # from the left, as HFLM does
+            answers += response_loglikelihoods(self.acd, kept, [continuation], self.loglikelihood_beta)
+            if texts is not None:  # it is, of rolling windows
+                self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
+        return answers
 
 
 def _check_numbers(alpha: float | None, beta: float | None) -> None:
