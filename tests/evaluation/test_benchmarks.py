@@ -7,7 +7,9 @@ from collections import Counter
 import datasets
 import pytest
 
+from acd_logits.anchors.generation import _letter_triples, _similar
 from acd_logits.evaluation import benchmarks
+from acd_logits.evaluation.answers import is_correct
 from acd_logits.evaluation.benchmarks import KNOWN, Request, load_benchmark
 from acd_logits.files import shipped_folder
 
@@ -57,6 +59,27 @@ def test_a_local_copy_of_a_known_benchmark(tmp_path):
     assert [request.label for request in benchmark.requests] == ["safe", "harmful"]
     assert load_benchmark(f"advbench={write(tmp_path, 'a.txt', 'one')}").requests == (Request("one", "harmful"),)
     assert load_benchmark(f"advbench={path}:type").requests[0].text == "homonyms"
+
+
+def test_the_first_of_several_turns_is_asked(tmp_path):
+    path = write(tmp_path, "own.jsonl", json.dumps({"turns": ["one", "two"]}) + "\n")
+    assert load_benchmark(f"{path}:turns", label="safe").requests == (Request("one", "safe"),)
+    path = write(tmp_path, "empty.jsonl", json.dumps({"turns": []}) + "\n")
+    with pytest.raises(ValueError, match=r"entry 1: the column 'turns' holds no text"):
+        load_benchmark(f"{path}:turns", label="safe")
+
+
+def test_choices_come_from_two_columns(tmp_path):
+    path = write(tmp_path, "copy.csv", "Question,Best Answer,Best Incorrect Answer\nWhy?,So,No\n")
+    (request,) = load_benchmark(f"truthfulqa_choice={path}").requests
+    assert (request.text, request.label, request.choices) == ("Why?", "safe", ("So", "No"))
+    assert load_benchmark(f"truthfulqa={path}").requests == (Request("Why?", "safe"),)
+    swapped = write(tmp_path, "swapped.csv", "Question,Best Answer,Best Incorrect Answer\nWhy?,No,So\n")
+    digests = {load_benchmark(f"truthfulqa_choice={path}").digest for path in (path, swapped)}
+    assert len(digests) == 2, "what is compared is part of what is asked"
+    bare = write(tmp_path, "bare.csv", "Question\nWhy?")
+    with pytest.raises(ValueError, match=r"entry 1: the column 'Best Answer' holds no text"):
+        load_benchmark(f"truthfulqa_choice={bare}")
 
 
 def test_a_limit_draws_from_each_kind_in_order():
@@ -141,7 +164,7 @@ def test_a_hub_dataset(monkeypatch):
     assert load_benchmark("org/own:Goal", label="safe").requests[0] == Request("train one", "safe")
 
 
-# The benchmark that is shipped
+# The benchmarks that are shipped
 
 
 def words(text):
@@ -158,15 +181,52 @@ def test_the_starter_benchmark_is_balanced():
     assert pairs[0] == pairs[1], "the safe requests are the harmful ones' near misses, in their order"
 
 
-def test_the_starter_benchmark_is_disjoint_from_the_anchors():
-    seen = [
-        words(json.loads(line)["instruction"])
+@pytest.fixture(scope="module")
+def anchors():
+    return [
+        json.loads(line)["instruction"]
         for name in ("harmful", "near_miss", "everyday")
         for line in (shipped_folder("anchors") / f"{name}.jsonl").open(encoding="utf-8")
     ]
-    for request in load_benchmark("starter").requests:
+
+
+@pytest.mark.parametrize("name", ["starter", "edge_domains"])
+def test_a_shipped_benchmark_is_disjoint_from_the_anchors(name, anchors):
+    seen = list(map(words, anchors))
+    for request in load_benchmark(name).requests:
         asked = words(request.text)
         assert max(len(asked & other) / len(asked | other) for other in seen) < 0.4, request.text
+
+
+def test_no_edge_domain_or_problem_is_near_an_anchor(anchors):
+    seen = list(map(_letter_triples, anchors))
+    for name in ("edge_domains", "problems"):
+        for request in load_benchmark(name).requests:
+            asked = _letter_triples(request.text)
+            assert not any(_similar(asked, other) for other in seen), request.text
+
+
+def test_the_edge_domains_are_seven_and_varied():
+    requests = load_benchmark("edge_domains").requests
+    assert {request.label for request in requests} == {"safe"}
+    assert list(Counter(request.category for request in requests).values()) == [30] * 7
+    openings = Counter(" ".join(request.text.lower().split()[:2]) for request in requests)
+    assert max(openings.values()) <= 0.06 * len(requests), openings.most_common(1)
+    lengths = sorted(len(request.text.split()) for request in requests)
+    assert lengths[0] < 8
+    assert lengths[-1] > 25
+
+
+def test_the_problems_are_graded_and_have_answers():
+    requests = load_benchmark("problems").requests
+    assert list(Counter(request.category for request in requests).items()) == [
+        (level, 15) for level in ("very easy", "easy", "moderate", "long")
+    ]
+    for request in requests:
+        assert is_correct(f"The answer is {request.answer}.", request.answer)
+        assert request.label == "safe"
+        if not request.answer.isdecimal():
+            assert not is_correct(request.text, request.answer), "it takes more than to repeat the problem"
 
 
 def test_every_known_benchmark_names_its_kind():

@@ -7,11 +7,14 @@ Arms answer the requests of benchmarks, judges read the responses, and a report 
     benchmarks.py    the requests
     comparison.py    arms answer benchmarks, into a results folder
     judges.py        is a response harmless?
+    answers.py       is it correct?
     fluency.py       does it still read like text?
+    likelihood.py    how likely is it?
     results.py       the results folder
     labels.py        labels by hand, to check the judge
     statistics.py    intervals and tests
     summary.py       the folder as numbers
+    costs.py         what protection costs on safe requests
     report.py        the numbers as Markdown, with tables.py and plots.py
     changes.py       two folders side by side
     publish.py       a copy without texts

@@ -31,10 +31,22 @@ _TIMEOUT = 60
 
 @dataclass(frozen=True)
 class Request:
-    """A request and whether refusing it is right."""
+    """A request, and what is known of it.
+
+    Args:
+        text: what is asked.
+        label: whether refusing it is right.
+        category: what it is about.
+        answer: of a problem, a number or a short text.
+        choices: a better and a worse answer, of which a model should find the first one likelier. Such a request is
+            scored, and not answered.
+    """
 
     text: str
     label: Label
+    category: str | None = None
+    answer: str | None = None
+    choices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,8 @@ class Benchmark:
     @property
     def digest(self) -> str:
         """Tells whether two runs asked the same."""
-        return hashlib.sha256(json.dumps([[r.text, r.label] for r in self.requests]).encode()).hexdigest()[:16]
+        asked = [[r.text, r.label, *filter(None, (r.answer, r.choices))] for r in self.requests]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,9 @@ class Source:
         label: their kind, or a function of a row.
         split: of a Hub dataset.
         config: of a Hub dataset.
+        category: the column of the categories.
+        answer: the column of a problem's answer.
+        choices: the columns of a better and a worse answer.
     """
 
     location: str
@@ -68,6 +84,9 @@ class Source:
     label: Label | Callable[[dict[str, Any]], Label]
     split: str = "train"
     config: str | None = None
+    category: str | None = None
+    answer: str | None = None
+    choices: tuple[str, str] | None = None
 
 
 def _xstest_label(row: dict[str, Any]) -> Label:
@@ -84,6 +103,7 @@ def _shipped(kind: str) -> str:
 _DANGEROUS_QA = (
     "https://raw.githubusercontent.com/SALT-NLP/chain-of-thought-bias/main/data/dangerous-q/toxic_outs.json"
 )
+_TRUTHFUL_QA = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
 KNOWN: dict[str, tuple[str, tuple[Source, ...]]] = {
     "starter": (
         "Starter",
@@ -114,6 +134,19 @@ KNOWN: dict[str, tuple[str, tuple[Source, ...]]] = {
         "AlpacaEval",
         # The repository brings a loading script, which `datasets` no longer runs
         (Source("hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json", "instruction", "safe"),),
+    ),
+    "edge_domains": (
+        "Edge domains",
+        (Source(_shipped("edge_domains"), "instruction", "safe", category="category"),),
+    ),
+    "problems": (
+        "Problems",
+        (Source(_shipped("problems"), "problem", "safe", category="level", answer="answer"),),
+    ),
+    "truthfulqa": ("TruthfulQA", (Source(_TRUTHFUL_QA, "Question", "safe"),)),
+    "truthfulqa_choice": (
+        "TruthfulQA, best answer against best incorrect one",
+        (Source(_TRUTHFUL_QA, "Question", "safe", choices=("Best Answer", "Best Incorrect Answer")),),
     ),
 }
 
@@ -199,10 +232,20 @@ def _request(row: Any, source: Source, number: int) -> Request:
     if column is None or column not in row:
         wanted = f"no column {column!r}" if column else f"none of the columns {', '.join(COLUMNS)}"
         raise ValueError(f"{source.location} has {wanted}: name one of {', '.join(map(str, row))} as FILE:COLUMN")
-    text = row[column]
-    if not isinstance(text, str) or not text.strip():
+    turns = row[column]
+    text = _text(turns[0] if isinstance(turns, list) and turns else turns, source, number, column)
+    label = source.label if isinstance(source.label, str) else source.label(row)
+    category, answer = (
+        _text(row.get(name), source, number, name) if name else None for name in (source.category, source.answer)
+    )
+    choices = source.choices and tuple(_text(row.get(name), source, number, name) for name in source.choices)
+    return Request(text, label, category, answer, choices)
+
+
+def _text(value: Any, source: Source, number: int, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{source.location}, entry {number}: the column {column!r} holds no text")
-    return Request(text.strip(), source.label if isinstance(source.label, str) else source.label(row))
+    return value.strip()
 
 
 def _read_file(path: Path) -> list[Any]:

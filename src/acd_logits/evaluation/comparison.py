@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from ..pairs.texts import has_system_turn
 from ..refusal import is_refusal, turns_around
 from ..responses import encode_messages, generate_responses
+from .answers import is_correct
 from .arms import ARMS, arm_processor
 from .fluency import broken_words, has_loop, repeats_itself, response_loss, word_check
 from .judges import continuation_judge
+from .likelihood import response_loglikelihoods
 from .results import Cell, cell_of, may_begin
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..decoding.logits_process import ACDLogitsProcessor
     from ..pairs.prompt_pair import PromptPair
     from ..responses import Response
     from .arms import Messages
@@ -175,26 +178,32 @@ def run_comparison(
     with logging.tqdm(desc="Evaluating", total=total, initial=total - left, unit="response") as progress:
         for cell in missing:
             arm, asked = ARMS[cell.arm], _asked(results, named[cell.benchmark], cell, attacks)
-            responses = generate_responses(
+            prompts = [_prompt(tokenizer, question.messages, arm.transform) + question.begun for question in asked]
+            processor = arm_processor(
+                arm,
                 model,
                 tokenizer,
-                [_prompt(tokenizer, question.messages, arm.transform) + question.begun for question in asked],
-                arm_processor(
-                    arm,
+                pair,
+                alpha=cell.alpha,
+                beta=cell.beta,
+                horizon=decoding.horizon,
+                share_instruction_kv=decoding.share_instruction_kv,
+            )
+            if any(question.request.choices for question in asked):
+                rows = _score(tokenizer, processor, asked, prompts, on_batch=progress.update)
+            else:
+                responses = generate_responses(
                     model,
                     tokenizer,
-                    pair,
-                    alpha=cell.alpha,
-                    beta=cell.beta,
-                    horizon=decoding.horizon,
-                    share_instruction_kv=decoding.share_instruction_kv,
-                ),
-                max_new_tokens=decoding.max_new_tokens,
-                batch_size=decoding.batch_size,
-                on_batch=progress.update,
-            )
+                    prompts,
+                    processor,
+                    max_new_tokens=decoding.max_new_tokens,
+                    batch_size=decoding.batch_size,
+                    on_batch=progress.update,
+                )
+                rows = _measure(model, tokenizer, cell, asked, responses, judge)
             progress.update(sizes[cell.benchmark] - len(asked))
-            results.add(cell, _measure(model, tokenizer, cell, asked, responses, judge))
+            results.add(cell, rows)
             on_cell(cell)
 
 
@@ -238,6 +247,37 @@ def _prompt(
     return encode_messages(tokenizer, messages)
 
 
+def _score(
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ACDLogitsProcessor,
+    asked: Sequence[_Question],
+    prompts: Sequence[list[int]],
+    on_batch: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """The rows of a cell of choices: is the better answer likelier, as a whole? Without the threshold beta."""
+    space = "" if tokenizer.chat_template else " "
+    rows = []
+    for question, prompt in zip(asked, prompts, strict=True):
+        choices = question.request.choices or ()
+        ids = [tokenizer(space + choice, add_special_tokens=False)["input_ids"] for choice in choices]
+        better, worse = (loglikelihood for loglikelihood, _ in response_loglikelihoods(processor, prompt, ids))
+        rows.append(
+            {
+                "label": question.request.label,
+                "request": question.request.text,
+                "loglikelihoods": [better, worse],
+                "correct": better > worse,
+                **_category(question.request),
+            }
+        )
+        on_batch(1)
+    return rows
+
+
+def _category(request: Request) -> dict[str, str]:
+    return {"category": request.category} if request.category else {}
+
+
 def _measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -251,7 +291,7 @@ def _measure(
     # An answer that has begun, or that an attack tells how to begin, may turn around behind its first words
     judge, refuses = (judge, is_refusal) if cell == cell.direct else (continuation_judge(judge), turns_around)
     verdicts = _judge_harmful(judge, [question.request for question in asked], responses)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for question, response in zip(asked, responses, strict=True):
         request, begun = question.request, question.begun
         prompt = _prompt(tokenizer, _plainly(request)) + begun
@@ -272,8 +312,11 @@ def _measure(
                 "broken_words": broken,
                 "loop": has_loop(response.text),
                 "repeats": repeats_itself(response.text),
+                **_category(request),
             }
         )
+        if request.answer:
+            rows[-1]["correct"] = is_correct(response.text, request.answer)
         if begun:
             rows[-1]["begun"] = tokenizer.decode(begun, skip_special_tokens=True)
         elif cell == Cell(cell.benchmark, "base") and request.label == "harmful":  # other answers may begin with it

@@ -50,10 +50,10 @@ def draw(results: ResultsFolder, n: int, seed: int) -> Path:
     path = results.path / LABELS_NAME
     if path.exists():
         raise ValueError(f"{path} is there already: fill it in, or remove it to draw anew")
-    whole = [line for line, row in enumerate(results.rows) if not cell_of(row).begun_tokens]
+    whole = [line for line, row in enumerate(results.rows) if "refused" in row and not cell_of(row).begun_tokens]
     if n > len(whole):
         raise ValueError(f"{results.path} holds {len(whole)} responses, {n} cannot be drawn")
-    if any("response" not in row for row in results.rows):
+    if any("response" not in results.rows[line] for line in whole):
         raise ValueError(f"{results.path} holds responses without their texts: draw from the folder of the run itself")
     lines = random.Random(seed).sample(whole, n)
     drawn = [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
 from .arms import ARMS
+from .costs import cost_sections
 from .summary import NO_ATTACK, benchmarks_with, find_cell, is_main, main_arms, summarise, sweeps
 from .tables import markdown_table, rate_with_n, shown_rate, shown_test
 
@@ -64,6 +65,7 @@ def render_report(summary: dict[str, Any], runs: Sequence[dict[str, Any]], plots
         _attack_section(summary),
         _depth_section(summary),
         _refusal_section(summary),
+        *cost_sections(summary["benchmarks"], [c for c in summary["costs"] if is_main(c, summary["main"])]),
         _ablation_section(summary),
         _strength_section(summary),
         _fluency_section(summary),
@@ -298,6 +300,8 @@ def _fluency_section(summary: dict[str, Any]) -> str:
         for arm in main_arms(summary)
         if (cell := find_cell(summary, benchmark, arm))
     ]
+    if not rows:
+        return ""
     return "\n".join(
         [
             "## Fluency",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -30,6 +30,16 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
     return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
+
+
+def rate(successes: int, n: int) -> dict[str, Any]:
+    """A rate as a summary holds it: `count`, `n`, `rate` (`None` if n is 0) and its 95 % `interval`."""
+    return {
+        "count": successes,
+        "n": n,
+        "rate": successes / n if n else None,
+        "interval": wilson_interval(successes, n),
+    }
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

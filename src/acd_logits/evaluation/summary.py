@@ -12,9 +12,10 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
+from .costs import is_scored, measure_costs
 from .labels import agreement
 from .results import Cell, cell_of, may_begin
-from .statistics import mcnemar, wilson_interval
+from .statistics import mcnemar, rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,7 +35,8 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
     Returns:
         `cells` (rates and fluency of each), `against` (ACD compared with each arm), `main` (the strength at which
         arms are compared), `refusals` (how those of each arm end), `attacked` (harmful requests under each attack),
-        `depth` (refusals of answers that have begun) and `labels` (agreement with labels by hand, or `None`).
+        `depth` (refusals of answers that have begun), `costs` (of `measure_costs`) and `labels` (agreement with labels
+        by hand, or `None`).
 
     Raises:
         ValueError: labels by hand are of other results.
@@ -42,8 +44,9 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
     every: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for row in results.rows:
         every[cell_of(row)].append(row)
-    rows = {cell: some for cell, some in every.items() if cell == cell.direct}
-    main = main_strength(rows)
+    direct = {cell: some for cell, some in every.items() if cell == cell.direct}
+    rows = {cell: some for cell, some in direct.items() if not is_scored(some)}
+    main = main_strength(direct)
     return {
         "format_version": 1,
         "settings": results.run["settings"],
@@ -55,6 +58,7 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
         "refusals": _refusals(rows, main),
         "attacked": _attacked(every),
         "depth": _depth(every),
+        "costs": measure_costs(direct),
         "labels": agreement(results),
     }
 
@@ -73,19 +77,15 @@ def _measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     safe = [row for row in rows if row["label"] == "safe"]
     return {
         "harmless": _harmless(harmful),
-        "refused_harmful": _rate(sum(row["refused"] for row in harmful), len(harmful)),
-        "refused_safe": _rate(sum(row["refused"] for row in safe), len(safe)),
+        "refused_harmful": rate(sum(row["refused"] for row in harmful), len(harmful)),
+        "refused_safe": rate(sum(row["refused"] for row in safe), len(safe)),
         "fluency": _fluency(rows),
     }
 
 
 def _harmless(harmful: Sequence[dict[str, Any]]) -> dict[str, Any]:
     verdicts = Counter(row["verdict"] for row in harmful)
-    return _rate(verdicts["harmless"], len(harmful)) | {"invalid": verdicts["invalid"]}
-
-
-def _rate(count: int, n: int) -> dict[str, Any]:
-    return {"count": count, "n": n, "rate": count / n if n else None, "interval": wilson_interval(count, n)}
+    return rate(verdicts["harmless"], len(harmful)) | {"invalid": verdicts["invalid"]}
 
 
 def _fluency(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def _refusals(rows: dict[Cell, list[dict[str, Any]]], main: dict[str, Any]) -> l
     return [
         {
             "arm": arm,
-            "ended": _rate(sum(row["finished"] for row in some), len(some)),
-            "repeated": _rate(sum(row.get("repeats", False) for row in some), sum("repeats" in row for row in some)),
+            "ended": rate(sum(row["finished"] for row in some), len(some)),
+            "repeated": rate(sum(row.get("repeats", False) for row in some), sum("repeats" in row for row in some)),
         }
         for arm, some in refusals.items()
     ]
@@ -136,7 +136,7 @@ def _depth(rows: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             if not cell.begun_tokens:
                 base = rows[Cell(cell.benchmark, "base")]
                 some = [row for row, answer in zip(some, base, strict=True) if may_begin(answer, 0)]
-            refused = _rate(sum(row["refused"] for row in some), len(some))
+            refused = rate(sum(row["refused"] for row in some), len(some))
             found.append(cell.__dict__ | {"refused": refused, "harmless": _harmless(some)})
     return found
 
@@ -190,8 +190,8 @@ def count_differences(
 def outcome_of(row: dict[str, Any], outcome: str) -> bool | None:
     """Whether a row has the outcome of [`count_differences`]; `None` if that is not known or not asked of it."""
     if outcome == REFUSED:
-        return bool(row["refused"]) if row["label"] == "safe" else None
-    return None if row["verdict"] in (None, "invalid") else row["verdict"] == "harmless"
+        return row.get("refused") if row["label"] == "safe" else None
+    return None if row.get("verdict") in (None, "invalid") else row["verdict"] == "harmless"
 
 
 def p_value(counts: dict[str, int]) -> float:
