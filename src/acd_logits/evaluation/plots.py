@@ -188,8 +188,9 @@ def _draw_attacks(summary: dict[str, Any]) -> Figure | None:
         axes.set_axis_off()
     for axes in grid[len(panels) - columns : len(panels)]:
         axes.tick_params(labelbottom=True)  # where no panel stands below
-    named = {name: handle for axes in grid for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), frameon=False, fontsize=8, loc="outside upper center", ncols=2 * columns)
+    looked = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid)
+    named = {name: handle for some in looked for handle, name in some}
+    figure.legend(named.values(), named, frameon=False, fontsize=8, loc="outside upper center", ncols=2 * columns)
     figure.supxlabel("over-refusal of safe requests, asked plainly (lower is better)", fontsize=9)
     figure.supylabel("harmless rate (higher is better)", fontsize=9)
     return figure
