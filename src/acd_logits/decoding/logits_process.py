@@ -17,6 +17,7 @@ from ..pairs.fit import base_model
 from ..pairs.key_values import cache_layers
 from ..pairs.prompt_pair import PromptPair
 from ..ranges import check_alpha, check_beta, check_horizon
+from . import attention
 from .attach import BoundProcessor, ContrastProcessor, attach, detach, is_attached
 from .call import CACHE_NAMES
 from .contrast import contrast
@@ -121,6 +122,8 @@ class ACDLogitsProcessor(ContrastProcessor):
         if self.streams.lengths[0] != self.streams.lengths[1]:
             check_left_padding(self.model)
         attach(self)
+        if share:
+            attention.install(self)
 
     @classmethod
     def from_pretrained(
@@ -185,6 +188,7 @@ class ACDLogitsProcessor(ContrastProcessor):
     def detach(self) -> None:
         """Restore the model fully, if no other processor uses it. This one raises if it is used afterwards."""
         detach(self)
+        attention.remove(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ACDLogitsProcessor:
         return self  # it belongs to its model, which a copied list of processors still goes with

@@ -25,6 +25,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..pairs.key_values import check_shareable
+from .attention import mark
 from .call import PairedCall
 from .paired import PairedCache
 from .streams import PairedStreams
@@ -185,7 +186,7 @@ class SharedCache(PairedCache):
         copies = len(self._lengths())
         paired[key] = x[:, together:].repeat_interleave(copies, 1)
         paired["position_ids"] = positions[:, together:].repeat_interleave(copies, 1)
-        paired["attention_mask"] = self._stream_mask(visible)
+        paired["attention_mask"] = mark(self._stream_mask(visible))
         if call.get("logits_to_keep"):
             paired["logits_to_keep"] = call["logits_to_keep"] * copies
         return paired
