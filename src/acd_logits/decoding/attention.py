@@ -85,8 +85,13 @@ class FoldedAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention's output, `[B, queries, heads, head_dim]`, and its weights, where the model's own gives any."""
-        compiling = torch.compiler.is_compiling()  # which would trace through the mark
-        if compiling or not hasattr(attention_mask, _MARK) or args or not _folds(module, query, key, value, kwargs):
+        if (
+            torch.compiler.is_compiling()  # which would trace through the mark
+            or attention_mask is None
+            or not hasattr(attention_mask, _MARK)
+            or args
+            or not _folds(module, query, key, value, kwargs)
+        ):
             return self.own(module, query, key, value, attention_mask, *args, **kwargs)
         rows, heads, queries, _ = query.shape
         output = torch.nn.functional.scaled_dot_product_attention(
