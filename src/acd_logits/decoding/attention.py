@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _MARK = "_acd_folded"  # attribute of a mask of ours: the same mask for groups of so many heads
 # Arguments that `sdpa` takes besides, and that mean nothing to it where there is a mask
-_INERT = {"dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache"}
+_INERT = {"dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
