@@ -44,7 +44,7 @@ class TestContrast:
     def test_rows_whose_coefficients_sum_to_nothing_are_eq_5_alone(self, alpha):
         safe, adversarial = torch.randn(2, 2, 9)
         expected = safe - alpha * adversarial
-        assert torch.equal(contrast(safe, adversarial, alpha), expected)
+        torch.testing.assert_close(contrast(safe, adversarial, alpha), expected)
         together = contrast(safe, adversarial, torch.tensor([[alpha], [0.5]]))
         torch.testing.assert_close(together[0], expected[0])
         torch.testing.assert_close(together[1], 2 * safe[1] - adversarial[1])

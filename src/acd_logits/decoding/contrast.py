@@ -28,17 +28,19 @@ def contrast(
     Returns:
         `[B, vocab]` unnormalised scores in the dtype of `safe`.
     """
-    per_row = isinstance(alpha, torch.Tensor)
-    if not per_row and alpha == 0:
+    adversarial = adversarial.to(safe)
+    if isinstance(alpha, torch.Tensor):
+        scores = torch.addcmul(safe, adversarial, alpha.to(safe), value=-1)
+    elif alpha == 0:
         return safe
-    scores = safe - alpha * adversarial.to(safe)
+    else:
+        scores = torch.sub(safe, adversarial, alpha=alpha)
     if keep_temperature:
-        scores = scores / coefficient_sum(alpha)
-    if beta != 0:
-        scores = scores.masked_fill(safe < safe.amax(-1, keepdim=True) + math.log(beta), -math.inf)
-    # -inf less -inf is NaN, and so is 0 times -inf
-    unchanged = safe.isneginf() | (alpha == 0) if per_row else safe.isneginf()
-    return torch.where(unchanged, safe, scores)
+        scores.div_(coefficient_sum(alpha))
+    # -inf less -inf is NaN; under a threshold, every -inf is below it
+    cut = safe.isneginf() if beta == 0 else safe < safe.amax(-1, keepdim=True).add_(math.log(beta))
+    scores.masked_fill_(cut, -math.inf)
+    return torch.where(alpha == 0, safe, scores) if isinstance(alpha, torch.Tensor) else scores
 
 
 def coefficient_sum(alpha: float | torch.Tensor) -> float | torch.Tensor:
