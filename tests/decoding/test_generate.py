@@ -495,6 +495,15 @@ class TestCompiledDecoding:
         assert_same(got, expected)
         assert graphs
 
+    @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
+    def test_past_the_horizon_the_cache_stays_where_graphs_look_for_it(self, name):
+        acd = ACDLogitsProcessor(model := build_model(name), build_pair(), horizon=3)
+        options = {"compile_config": self.config()[0], "cache_implementation": "static"}
+        cache = model.generate(**build_batch(), logits_processor=[acd], **SCORES | options).past_key_values
+        assert cache.alone
+        held = [layer.keys if hasattr(layer, "keys") else layer.conv_states[0] for layer in cache.layers]
+        assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in held)
+
     def test_alibi_is_not_compiled(self):
         """Its distances come from a mask as long as the text."""
         compiled, graphs = self.config()

@@ -144,7 +144,7 @@ def test_the_prompt_runs_once_without_a_soft_prompt(model):
     sizes = []
     model.model.register_forward_hook(lambda _, __, out: sizes.append(tuple(out.last_hidden_state.shape[:2])))
     generate(model, build_batch((11, 7)), acd, max_new_tokens=3)
-    assert sizes == [(2, 10), (1, 7), (1, 4), (2, 2), (2, 2), (2, 2)]  # the soft prompts in between, once for ever
+    assert sizes == [(1, 7), (1, 4), (2, 10), (2, 2), (2, 2), (2, 2)]  # the soft prompts first, once for ever
     sizes.clear()
     generate(model, build_batch((11, 7)), acd, max_new_tokens=1)
     assert sizes == [(2, 10), (2, 2)]

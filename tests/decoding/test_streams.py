@@ -24,7 +24,17 @@ from transformers import (
 )
 
 from acd_logits import ACDLogitsProcessor, PromptPair
-from conftest import _COMMON, _DECODER, DEVICE, HIDDEN, assert_same, build_batch, build_model, build_pair
+from conftest import (
+    _COMMON,
+    _DECODER,
+    DEVICE,
+    HIDDEN,
+    assert_same,
+    build_batch,
+    build_key_value_pair,
+    build_model,
+    build_pair,
+)
 from reference import ReferenceProcessor
 
 SCORES = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False, "max_new_tokens": 8}
@@ -158,6 +168,32 @@ def test_a_frozen_model_keeps_its_prompts(model, pair):
     kept = model.generate(**batch, logits_processor=[acd], **SCORES)
     fresh = model.generate(**batch, logits_processor=[ACDLogitsProcessor(model, pair, beta=0.0)], **SCORES)
     assert not torch.allclose(kept.scores[0], fresh.scores[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [build_pair, build_key_value_pair])
+def test_a_shared_pair_of_inference_mode(make, model):
+    with torch.inference_mode():
+        pair = make()
+    expected, got = (
+        model.generate(
+            **build_batch(), logits_processor=[ACDLogitsProcessor(model, prompts, share_instruction_kv=True)], **SCORES
+        )
+        for prompts in (make(), pair)
+    )
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_conversation_that_began_in_inference_mode(model, pair, share):
+    acd = ACDLogitsProcessor(model, pair, share_instruction_kv=share)
+
+    def answer(mode):
+        with mode:
+            first = model.generate(**build_batch((9,)), logits_processor=[acd], **SCORES)
+        turn = torch.cat([first.sequences, torch.tensor([[5, 6]], device=DEVICE)], dim=1)
+        return model.generate(turn, past_key_values=first.past_key_values, logits_processor=[acd], **SCORES)
+
+    assert_same(answer(torch.inference_mode()), answer(torch.no_grad()))
 
 
 def test_a_pair_of_inference_mode(model):

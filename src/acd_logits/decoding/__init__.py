@@ -12,6 +12,7 @@ html_view.py        the same as a page
 custom_generate.py  a pair from the Hub in one line
 paired.py           both streams as 2B rows of one forward
 shared.py           both streams over one copy of the instruction
+layout.py           where soft prompts and the text stand in a row, and the masks that follow
 streams.py          the two soft prompts and their keys and values
 layers.py           cache layers
 """

@@ -45,14 +45,14 @@ class ContrastProcessor(LogitsProcessor):
 
     @abstractmethod
     def bind(
-        self, generation_config: GenerationConfig, ids_length: int, batch: int, model_kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig, ids_length: int, prompts: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> BoundProcessor:
         """Put a `PairedCache` into `model_kwargs` and return the processor for this one call.
 
         Args:
             generation_config: the call's own.
             ids_length: length of the `input_ids` that the decoding loop starts from.
-            batch: number of prompts, before beams and return sequences.
+            prompts: what the call starts from, ids or embeddings `[batch, ...]`, before beams and return sequences.
             model_kwargs: what the decoding loop passes to the model, changed in place.
         """
 
@@ -61,6 +61,7 @@ class BoundProcessor(LogitsProcessor):
     """The processor of one `generate` call."""
 
     cache: PairedCache
+    ones: torch.Tensor | None  # an attention mask of ones, taken out of the call
 
 
 def _raise_unbound() -> NoReturn:
@@ -257,8 +258,7 @@ def _get_logits_processor(
             raise ValueError("this ACDLogitsProcessor was built for another model: build one for this model.")
         if input_ids_seq_length is None or encoder_input_ids is None:
             raise ValueError("ACD needs generate(): this decoding loop does not say what it starts from.")
-        batch = len(encoder_input_ids)
-        call.bound = call.processor.bind(generation_config, input_ids_seq_length, batch, model_kwargs)
+        call.bound = call.processor.bind(generation_config, input_ids_seq_length, encoder_input_ids, model_kwargs)
         processors = LogitsProcessorList(call.bound if item is call else item for item in processors)
     return type(self)._get_logits_processor(
         self,
@@ -277,6 +277,9 @@ def _get_candidate_generator(
 ) -> CandidateGenerator:
     """Let drafts be drawn without the contrast, which has no logits for them: each is verified under it."""
     drafting = LogitsProcessorList(item for item in logits_processor if not isinstance(item, BoundProcessor))
+    for item in logits_processor:
+        if isinstance(item, BoundProcessor) and item.ones is not None:  # some ways to draft need it
+            kwargs["model_kwargs"].setdefault("attention_mask", item.ones)
     return type(self)._get_candidate_generator(self, *args, logits_processor=drafting, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from transformers.cache_utils import (
 from ..pairs.key_values import KeyValues, cache_layers, has_plain_keys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
-SPARE = 64  # spare slots that a cache is given at most, each time it is copied
+SPARE = 4 << 20  # bytes of spare room that a layer's keys are given without further ado, and its values
 
 SLIPPED = (
     "this cache belongs to ACD, but the model's forward ran without its hooks, so no contrast was applied: "
@@ -38,9 +41,15 @@ class GrowingLayer(DynamicLayer):
 
     keys: torch.Tensor
     values: torch.Tensor
-    limit = 0  # slots that are expected at most: no spare room behind them
+    _least = _limit = 0
     _buffers: KeyValues | None = None  # keys and values, with room behind
-    _written: torch.Tensor | None = None  # the keys as `update` left them
+    _written: torch.Tensor | None = None  # the keys as this layer left them in there
+
+    def expect(self, least: int, limit: int) -> None:
+        """Make ready for a call that fills `least` slots in any case, and never more than `limit`."""
+        self._least, self._limit = least, limit
+        if self._buffers is not None and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
+            self._buffers = None  # nothing may be written into them any more
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValues:
         """Append `[rows, heads, tokens, head_dim]` keys and values; return all."""
@@ -48,38 +57,77 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
+        start, new = self.get_seq_length(), key_states.shape[-2]
         if start and len(self.keys) != len(key_states):  # one row would be copied to all by broadcasting
             raise ValueError(
                 f"this cache holds {len(self.keys)} rows, but the model was called with {len(key_states)}."
             )
-        stop = start + key_states.shape[-2]
-        # Cropped or reordered keys are tensors of their own, and move into new buffers
-        if self._buffers is None or self.keys is not self._written or stop > self._buffers[0].shape[-2]:
-            room = max(stop, min(stop + SPARE, self.limit))
-            self._buffers = (
-                _buffer(self.keys, key_states, start, room),
-                _buffer(self.values, value_states, start, room),
-            )
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., start:stop, :] = new
-        self.keys, self.values = self._buffers[0][..., :stop, :], self._buffers[1][..., :stop, :]
-        self._written = self.keys
-        return self.keys, self.values
+        buffers = self._buffers
+        # Keys that were replaced from outside move into new buffers
+        if buffers is None or self.keys is not self._written or start + new > buffers[0].shape[-2]:
+            buffers = self._room((key_states, value_states), len(key_states), start + new)
+            if start:
+                buffers[0].narrow(-2, 0, start).copy_(self.keys)
+                buffers[1].narrow(-2, 0, start).copy_(self.values)
+        buffers[0].narrow(-2, start, new).copy_(key_states)
+        buffers[1].narrow(-2, start, new).copy_(value_states)
+        return self._show(buffers, start + new)
+
+    def move(self, rows: int, length: int, write: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        """Go on with `rows` rows of `length` slots in new buffers: `write(old, new)` fills keys, then values."""
+        if not self.get_seq_length():
+            return
+        buffers = self._room((self.keys, self.values), rows, length)
+        write(self.keys, buffers[0].narrow(-2, 0, length))
+        write(self.values, buffers[1].narrow(-2, 0, length))
+        self._show(buffers, length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Select rows. The buffers held all of them, and are given back before the next update."""
-        super().reorder_cache(beam_idx)
-        self._buffers = self._written = None
+        """Select rows, and leave room behind them."""
+        if self.get_seq_length():
+            rows = beam_idx.to(self.device)
+            self.move(len(rows), self.get_seq_length(), lambda old, new: torch.index_select(old, 0, rows, out=new))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens; their room stays."""
+        in_place = self.keys is self._written
+        super().crop(tokens_to_remove)
+        if in_place:
+            self._written = self.keys
+
+    def _room(self, like: KeyValues, rows: int, length: int) -> KeyValues:
+        """Buffers of so many rows with `length` slots, and room behind.
+
+        Room for all that the call can fill, where it is small; or else for a quarter more than there is, so that many
+        tokens share the cost of the next copy.
+        """
+        _, heads, _, head_dim = like[0].shape
+        least = max(length, self._least)
+        spare = max(least // 4, SPARE // (rows * heads * head_dim * like[0].element_size()))
+        slots = max(length, min(least + spare, self._limit))
+        keys, values = (kv.new_empty(rows, kv.shape[1], slots, kv.shape[-1]) for kv in like)
+        return keys, values
+
+    def _show(self, buffers: KeyValues, length: int) -> KeyValues:
+        self._buffers = buffers
+        self.keys = self._written = buffers[0].narrow(-2, 0, length)
+        self.values = buffers[1].narrow(-2, 0, length)
+        return self.keys, self.values
 
 
-def _buffer(old: torch.Tensor, new: torch.Tensor, start: int, room: int) -> torch.Tensor:
-    """Room for `room` tokens, with the `start` tokens of `old` in place."""
-    rows, heads, _, head_dim = new.shape
-    buffer = new.new_empty(rows, heads, room, head_dim)
-    if start:
-        buffer[..., :start, :] = old
-    return buffer
+def keep_rows(layer: Any, rows: int) -> None:
+    """Keep the first rows of a layer of the model's own, at addresses that CUDA graphs may rely on as before."""
+    before = _tensors(layer)
+    layer.reorder_cache(torch.arange(rows, device=getattr(layer, "device", None)))
+    for old, new in zip(before, _tensors(layer), strict=True):
+        if hasattr(old, "_dynamo_static_input_type"):
+            torch._dynamo.mark_static_address(new)
+
+
+def _tensors(layer: Any) -> list[Any]:
+    """Keys, values and recurrent states."""
+    states = (getattr(layer, name, {}).values() for name in ("conv_states", "recurrent_states"))
+    return [getattr(layer, "keys", None), getattr(layer, "values", None), *itertools.chain(*states)]
 
 
 class TakenLayer(CacheLayerMixin):

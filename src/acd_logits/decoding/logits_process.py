@@ -199,7 +199,7 @@ class ACDLogitsProcessor(ContrastProcessor):
         )
 
     def bind(
-        self, generation_config: GenerationConfig, ids_length: int, batch: int, model_kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig, ids_length: int, prompts: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> _BoundACD:
         """See the base class."""
         if not is_attached(self):
@@ -218,16 +218,18 @@ class ACDLogitsProcessor(ContrastProcessor):
         max_length = generation_config.max_length + offset
         self.streams.check_length(max_length)
         cache = _paired_cache(self, generation_config, model_kwargs)
-        cache.begin_call(length, max_length, offset, self.horizon, mask)
+        ones = _take_ones(cache, model_kwargs)
+        cache.begin_call(length, max_length, offset, self.horizon, mask if ones is None else None)
 
         beams, copies = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
         alpha = self.alpha
         if isinstance(alpha, torch.Tensor):
-            if len(alpha) != batch:
-                raise ValueError(f"alpha has {len(alpha)} entries for a batch of {batch} prompts.")
-            alpha = alpha.repeat_interleave(max(beams, copies))[:, None]
+            if len(alpha) != len(prompts):
+                raise ValueError(f"alpha has {len(alpha)} entries for a batch of {len(prompts)} prompts.")
+            # Moved here, where the device is idle: later the host would wait for it
+            alpha = alpha.to(prompts.device).repeat_interleave(max(beams, copies))[:, None]
         end = _end(ids_length, self.horizon)
-        return _BoundACD(cache, alpha, self.beta, self.keep_temperature, normalise=beams > 1, end=end)
+        return _BoundACD(cache, alpha, self.beta, self.keep_temperature, beams > 1, end, ones)
 
 
 class _BoundACD(BoundProcessor):
@@ -241,7 +243,9 @@ class _BoundACD(BoundProcessor):
         keep_temperature: bool,
         normalise: bool,
         end: float,
+        ones: torch.Tensor | None,
     ) -> None:
+        self.ones = ones
         self.cache, self.alpha, self.beta, self.keep_temperature = cache, alpha, beta, keep_temperature
         self.normalise, self.end = normalise, end
         self.checked = False
@@ -261,7 +265,7 @@ class _BoundACD(BoundProcessor):
         if not self.checked:  # once a call: reading from the device makes it wait
             self._check_nan(scores, adversarial)
         if isinstance(self.alpha, torch.Tensor):
-            self.alpha = self.alpha.to(scores)  # moved once a call
+            self.alpha = self.alpha.to(scores)  # generate() has them in float32, where `bind` put it
         result = contrast(scores, adversarial, self.alpha, self.beta, self.keep_temperature)
         # Beam search adds log-probabilities up over tokens and compares beams
         return result.log_softmax(-1) if self.normalise else result
@@ -352,6 +356,13 @@ def check_left_padding(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not handle left padding, which the shorter soft prompt needs: use prompts "
             "of one length."
         )
+
+
+def _take_ones(cache: PairedCache, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Take a mask of ones out of the call, as later transformers do: every step would look for a zero in it."""
+    mask = model_kwargs.get("attention_mask")
+    needed = cache.seen or isinstance(cache.inner, StaticCache)  # to tell how much of the text is new, or is there
+    return None if mask is None or needed or not bool((mask == 1).all()) else model_kwargs.pop("attention_mask")
 
 
 def _end(ids_length: int, horizon: int | None) -> float:

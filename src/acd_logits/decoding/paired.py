@@ -15,22 +15,7 @@
 Every forward whose logits choose a token owes a contrast (`owed.py`): what comes next raises unless the processor has
 asked for it.
 
-Where the soft prompts sit. With W = max(n_s, n_a), the prompts occupy W slots, and x sits behind them:
-
-    merged:   [pad | soft | x]       the row's left padding moves in front of the soft prompt
-    reused:   [pad | soft | pad | x]  the W prompt slots are written from keys and values that one forward of the soft
-                                     prompts gives for all rows; x's padding stays put
-
-Merged is exact for every architecture that handles left padding: nothing stands between the soft prompt and x, so
-sliding windows, ALiBi distances and recurrent states come out as if the row were alone. Reused computes each soft
-prompt once instead of once a row, and is exact where a masked slot in between changes nothing: full attention over
-standard masks, with positions given by `position_ids`. `reuses_prefix` decides. One row is merged all the same, which
-costs no forward more, and so is a long x that needs no mask under sdpa, which saves more without a mask than
-`key_values` does (`PairedCache._merges`).
-
-In both layouts the visible token j has slot W + j, and a row's soft prompt ends where its first real token begins
-(merged) or at slot W (reused). `PairedCache._shift` is that one difference: how far the soft prompt moves to the right
-over x's left padding.
+Where the soft prompts stand in a row, merged with its x or reused by all rows, is the subject of `layout.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +27,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from ..pairs.key_values import cache_layers
 from .call import PairedCall, check_pairable
-from .layers import SLIPPED, GrowingLayer, TakenLayer
+from .layers import SLIPPED, GrowingLayer, TakenLayer, keep_rows
+from .layout import TAKE_ADDITIVE, aligned, hide, paired_mask, paired_pattern, place_prompts
 from .owed import Owed
 
 if TYPE_CHECKING:
@@ -74,7 +60,7 @@ class PairedCache(Cache):
             and all(type(layer) in (DynamicLayer, StaticLayer) for layer in inner.layers)
         )
         self.grows = self.reuses and isinstance(inner, DynamicCache) and not inner.offloading
-        self.seen = self.max_length = 0
+        self.seen = self.prompt_length = self.max_length = 0
         self.reset()
 
     def begin_call(
@@ -96,6 +82,7 @@ class PairedCache(Cache):
             )
         self.prompt_length, self.max_length, self.offset, self.horizon = prompt_length, max_length, offset, horizon
         self._limit_layers()
+        self._pattern: torch.Tensor | None = None  # see `_make_pattern`
         # [B]: left padding of x
         self.pads: torch.Tensor | None = None if prompt_mask is None else (prompt_mask.cumsum(-1) == 0).sum(-1)
         self.longest_pad = 0 if self.pads is None else int(self.pads.max())
@@ -174,7 +161,7 @@ class PairedCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies side by side."""
         self._for_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-        self.rows *= repeats
+        self.rows, self._pattern = self.rows * repeats, None
         if self.inner is not None:
             self.inner.batch_repeat_interleave(repeats)
 
@@ -182,7 +169,7 @@ class PairedCache(Cache):
         """Keep the given rows only."""
         both = self._both(indices)
         self._for_rows(lambda rows: rows[indices.to(rows.device)])
-        self.rows = len(both) * self.rows // self._size()[0]
+        self.rows, self._pattern = len(both) * self.rows // self._size()[0], None
         if self.inner is not None:
             self.inner.batch_select_indices(both)
 
@@ -219,22 +206,20 @@ class PairedCache(Cache):
             ValueError: for an input that has no meaning in the second stream.
         """
         key, seen, positions = self._start(call)
-        x = call[key]
-        new = x.shape[1]
+        x, new = call[key], call[key].shape[1]
         merges = self._merges(seen, new)
         if not seen and not merges:
             self._write_prompts(x.device)
 
         paired = PairedCall(call, cache=self, name=name, new=new)
-        paired["return_dict"] = True
-        paired[name] = self.inner
-        paired["attention_mask"] = self._mask(call.get("attention_mask"), seen + new, x.device)
+        paired.update({"return_dict": True, name: self.inner})
+        steps = bool(seen) and new == 1 and self.grows and self.streams.attention in TAKE_ADDITIVE
+        make_mask = self._step_mask if steps else self._mask
+        paired["attention_mask"] = make_mask(call.get("attention_mask"), seen + new, x.device)
         if name == "cache_params" and seen:
             paired["attention_mask"] = None  # a recurrent state has no slots left to mask
-        positions = self._each(positions) + self._each_length(x.device)
-
-        if merges:
-            # Some of these slots hold soft prompt: the whole call goes through embeddings
+        positions = self._join([positions + length for length in self._lengths()])
+        if merges:  # some of these slots hold soft prompt: the whole call goes through embeddings
             embeds, positions = self._merge_prompts(call, positions, seen, seen + new)
             paired["input_ids"], paired["inputs_embeds"] = None, embeds
             kept = call.get("logits_to_keep")
@@ -317,7 +302,7 @@ class PairedCache(Cache):
         """Let the layers grow to what this call can fill; its last token never enters them."""
         for layer in self.layers:
             if isinstance(layer, GrowingLayer):
-                layer.limit = self._slots_for(self.max_length - 1)
+                layer.expect(self._slots_for(self.prompt_length), self._slots_for(self.max_length - 1))
 
     def _lengths(self) -> tuple[int, ...]:
         return self.streams.lengths[:1] if self.alone else self.streams.lengths
@@ -328,23 +313,22 @@ class PairedCache(Cache):
 
     def _each(self, tensor: torch.Tensor) -> torch.Tensor:
         """Repeat `[B, ...]` for every stream that still runs."""
-        return tensor if self.alone else torch.cat([tensor, tensor])
+        return self._join([tensor] * len(self._lengths()))
 
-    def _each_length(self, device: torch.device) -> torch.Tensor:
-        """Soft prompt length of every inner row, `[rows, 1]`."""
-        return torch.cat([torch.full((self.rows, 1), n, device=device) for n in self._lengths()])
+    def _join(self, streams: list[torch.Tensor]) -> torch.Tensor:
+        """One tensor of all inner rows from one of each stream's."""
+        return torch.cat(streams) if len(streams) > 1 else streams[0]
 
     def _both(self, rows: torch.Tensor) -> torch.Tensor:
         """Inner rows of the given visible rows (indices, or a mask)."""
         rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
         return rows if self.alone else torch.cat([rows, rows + self.rows])
 
-    def _shift(self, device: torch.device) -> torch.Tensor:
-        """How far each inner row's soft prompt moves right over x's left padding, `[rows, 1]`."""
-        if self.reuses or not self.longest_pad:
-            return torch.zeros(1, 1, dtype=torch.long, device=device)
-        assert self.pads is not None
-        return self._each(self.pads.to(device))[:, None]
+    def _soft_end(self, device: torch.device) -> torch.Tensor | int:
+        """Slot behind each visible row's soft prompt, which moves right over x's left padding; `[B, 1]` or one."""
+        if self.reuses or self.pads is None:
+            return self.streams.width
+        return self.pads.to(device)[:, None] + self.streams.width
 
     def _mask(self, visible: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
         """Attention mask `[rows, W + length]` over soft prompts and visible tokens; `None` where all is visible."""
@@ -353,16 +337,37 @@ class PairedCache(Cache):
         if visible is None and self.inner is not None and self._fill_slots():
             return None
         if visible is None:
-            visible = torch.ones(self.rows, length, dtype=torch.long, device=device)
-        slots = torch.arange(width + length, device=device)
-        end = width + self._shift(device)
-        soft = (slots >= end - self._each_length(device)) & (slots < end)
-        x = torch.nn.functional.pad(self._each(visible).bool(), (width, 0))
-        mask = (soft | x).long()
+            visible = torch.ones(self.rows, length, dtype=torch.bool, device=device)
+        mask = paired_mask(visible, self._lengths(), width, self._soft_end(device))
         if isinstance(self.inner, StaticCache) and not self.streams.takes_positions:
             # Bloom builds its ALiBi distances, and with them the key length, from the mask
             mask = torch.nn.functional.pad(mask, (0, max(0, self.inner.get_max_length() - width - length)))
         return mask
+
+    def _step_mask(self, visible: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+        """What the last of `length` visible tokens sees, `[rows, 1, 1, W + length]`; `None` where that is all."""
+        if visible is None and self._fill_slots():
+            return None
+        slots = self.streams.width + length
+        dtype = next(layer.keys.dtype for layer in self.layers if layer.is_initialized)  # not those of cross-attention
+        mask = self._pattern_for(slots, dtype, device)
+        if visible is not None:
+            mask = mask[:, : aligned(slots)].clone()
+            x = mask.unflatten(0, (-1, self.rows))[..., self.streams.width : slots]
+            hide(x, visible == 0)
+        return mask[:, None, None, :slots]
+
+    def _pattern_for(self, slots: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What is hidden from each stream whatever is padded, over at least so many slots; made once per call."""
+        if self._pattern is None or self._pattern.shape[-1] < slots:
+            room = max(slots, self._slots_for(self.max_length - 1))
+            self._pattern = self._make_pattern(room, dtype, device)
+        return self._pattern
+
+    def _make_pattern(self, slots: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Additive mask `[rows, slots]`."""
+        pattern = paired_pattern(self._lengths(), self.streams.width, slots, dtype, device)
+        return pattern.repeat_interleave(self.rows, 0)
 
     def _merges(self, seen: int, new: int) -> bool:
         """Whether soft prompts run within a forward of `new` tokens behind `seen`, instead of being stored already."""
@@ -375,17 +380,15 @@ class PairedCache(Cache):
         # Behind stored keys sdpa takes a mask, and computes the half of the square that it skips without one: in a
         # long forward that costs more than the soft prompts
         unmasked = not self.longest_pad and self._fill_slots()
-        attention = self.streams.model.config.get_text_config(decoder=True)._attn_implementation
-        return unmasked and attention == "sdpa" and new**2 >= _LONG * self.streams.width
+        return unmasked and self.streams.attention == "sdpa" and new**2 >= _LONG * self.streams.width
 
     def _write_prompts(self, device: torch.device) -> None:
         """Fill the W prompt slots of every row from the stored keys and values (reused layout)."""
         assert self.inner is not None
-        count = torch.tensor([self.rows, 0 if self.alone else self.rows], device=device)
         for index, layer in enumerate(self.streams.key_values(device)):
             if layer is not None and layer[0].shape[-2]:
-                repeats = count.to(layer[0].device)
-                self.inner.update(*(kv.repeat_interleave(repeats, 0) for kv in layer), index)
+                streams = (kv[: len(self._lengths())] for kv in layer)
+                self.inner.update(*(kv.repeat_interleave(self.rows, 0) for kv in streams), index)
 
     def _merge_prompts(
         self, call: dict[str, Any], positions: torch.Tensor, start: int, stop: int
@@ -394,22 +397,16 @@ class PairedCache(Cache):
 
         Covers slots `W + start` to `W + stop`, and the first W slots too where `start` is 0.
         """
-        width, device = self.streams.width, positions.device
-        shift = self._shift(device)
+        width, end = self.streams.width, self._soft_end(positions.device)
         x = call.get("inputs_embeds")
         if x is None:
             x = self.streams.model.get_input_embeddings()(call["input_ids"])
-        slots = torch.arange(width + start if start else 0, width + stop, device=device)
-        lengths = self._each_length(device)
-        soft = slots - (width + shift - lengths)  # index into the row's soft prompt, [rows, slots]
-        in_soft = (soft >= 0) & (soft < lengths)
-        lead = len(slots) - (stop - start)
+        lead = 0 if start else width
         embeds = torch.nn.functional.pad(self._each(x), (0, 0, lead, 0))
         positions = torch.nn.functional.pad(positions, (lead, 0))
-        positions = torch.where(in_soft, soft, torch.where(slots < width + shift, 0, positions))
-        for stream, prompt in enumerate(self.streams.prompts[: len(self._lengths())]):
-            rows = slice(stream * self.rows, (stream + 1) * self.rows)
-            embeds[rows][in_soft[rows]] = prompt.to(embeds)[soft[rows][in_soft[rows]]]
+        prompts = self.streams.prompts[: len(self._lengths())]
+        reach = lead + min(stop, self.longest_pad) - start  # no soft prompt stands behind the longest padding
+        place_prompts(embeds, positions, prompts, width + start - lead, end, reach)
         return embeds, positions
 
     def _drop_adversarial_rows(self, call: dict[str, Any]) -> None:
@@ -421,14 +418,17 @@ class PairedCache(Cache):
         else:
             new_tokens = self.seen + 1 - self.prompt_length
         if new_tokens >= self.horizon:
-            if self.inner is not None:
-                self._keep_safeguarding(self.inner)
-            self.alone = True
+            self.alone, self._pattern = True, None
             self._limit_layers()
+            for layer in self.layers:
+                self._keep_safeguarding(layer)
 
-    def _keep_safeguarding(self, inner: Cache) -> None:
-        """Drop what belongs to the adversarial stream, while `alone` does not say so yet."""
-        inner.reorder_cache(torch.arange(self.rows))
+    def _keep_safeguarding(self, layer: Any) -> None:
+        """Drop what belongs to the adversarial stream from a layer of the inner cache."""
+        if isinstance(layer, GrowingLayer):
+            layer.move(self.rows, self._slots_for(self.seen), lambda old, new: new.copy_(old[: self.rows]))
+        else:
+            keep_rows(layer, self.rows)
 
     def _visible(self, value: Any, new: int) -> Any:
         """S rows and visible tokens of an output: hidden states `[rows, slots, h]`, attentions `[rows, h, q, k]`."""

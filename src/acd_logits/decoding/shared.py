@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicCache
 from ..pairs.key_values import check_shareable
 from .attention import mark
 from .call import PairedCall
+from .layout import aligned, hide, shared_pattern
 from .paired import PairedCache
 from .streams import PairedStreams
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
     from ..pairs.key_values import KeyValues
-
-_BOTH = -1  # in place of a stream: x, which both see
 
 
 class SharedStreams(PairedStreams):
@@ -65,14 +64,18 @@ class SharedStreams(PairedStreams):
         super().__init__(model, safeguarding, adversarial, frozen_model)
         self.reusable = True  # texts long enough to change the frequencies are refused
 
-    def key_values_like(self, cache: Cache) -> list[KeyValues | None]:
-        """Key-value prompts for each layer of a filled cache, in its dtype and on its device.
+    def key_values(self, device: torch.device) -> list[KeyValues | None]:
+        """Keys and values of both soft prompts, per layer, each `[1, kv_heads, n_s + n_a, head_dim]`."""
+        if not self.key_value:
+            return super().key_values(device)
+        both = torch.cat([prompt.to(device) for prompt in self.prompts])  # [n, layers, 2, kv_heads, head_dim]
+        rows = both.permute(1, 2, 3, 0, 4)[:, :, None]
+        return [(keys, values) for keys, values in rows]
 
-        Returns:
-            Keys and values per layer, each `[1, kv_heads, n_s + n_a, head_dim]`.
+    def check_like(self, cache: Cache) -> None:
+        """Raise ValueError where key-value prompts have other sizes than a filled cache.
 
-        Raises:
-            ValueError: the cache has other sizes. Where there is one head, it would be copied to all by broadcasting.
+        Where there is one head, it would be copied to all by broadcasting.
         """
         ours = {(self.prompts[0].shape[1], *self.prompts[0].shape[3:])}
         parts = (part for layer in cache.layers for part in (layer.keys, layer.values))
@@ -82,11 +85,6 @@ class SharedStreams(PairedStreams):
                 f"{type(self.model).__name__} keeps keys and values of {sorted(found)}, the prompt pair has "
                 f"{sorted(ours)} (layers, key-value heads, head size): use a pair made for this model."
             )
-        layers: list[KeyValues | None] = []
-        for index, layer in enumerate(cache.layers):
-            keys, values = torch.cat([prompt[:, index].to(layer.keys.device) for prompt in self.prompts]).unbind(1)
-            layers.append((_as_rows(keys).to(layer.keys), _as_rows(values).to(layer.values)))
-        return layers
 
     def _first_position(self, length: int) -> int:
         return -length
@@ -94,11 +92,6 @@ class SharedStreams(PairedStreams):
     def _join(self, safe: torch.Tensor, adversarial: torch.Tensor) -> torch.Tensor:
         """`[1, heads, n_s + n_a, head_dim]`."""
         return torch.cat([safe, adversarial], dim=-2)
-
-
-def _as_rows(parts: torch.Tensor) -> torch.Tensor:
-    """`[n, heads, head_dim]` as one row of a cache, `[1, heads, n, head_dim]`."""
-    return parts.transpose(0, 1)[None]
 
 
 class SharedCache(PairedCache):
@@ -162,33 +155,32 @@ class SharedCache(PairedCache):
         x = call[key]
         new = x.shape[1]
         visible = call.get("attention_mask")
-        if visible is None:
-            visible = torch.ones(self.rows, seen + new, dtype=torch.long, device=x.device)
         cache: Any = self.inner
         if cache is None:
             cache = DynamicCache(config=self.streams.model.config.get_text_config(decoder=True))
         together = min(new, max(0, self.shared - seen))
         paired = PairedCall(call, cache=self, name=name, new=new)
-        paired.update({"return_dict": True, name: cache, "attention_mask": visible, "position_ids": positions})
+        paired.update({"return_dict": True, name: cache, "position_ids": positions})
         self.contrasted = new - together
         if not self.contrasted:  # a chunk of the instruction
             return paired
         # Behind x, key-value prompts see what the layers' keys are like; a prompt of one token is run for that alone
         probe = int(self.streams.key_value and not seen + together)
+        # The host sends or computes them first, or it would wait until the device is done with x
+        prompts = self._soft_prompts(x.device) if seen <= self.shared else []
         if together + probe:
             part = {key: x[:, : together + probe], "position_ids": positions[:, : together + probe], name: cache}
-            part["attention_mask"] = visible[:, : seen + together + probe]
+            part["attention_mask"] = None if visible is None else visible[:, : seen + together + probe]
             self.streams.model(**part, use_cache=True, logits_to_keep=1)
         if probe:
             cache.crop(-1)
-        if seen <= self.shared:
-            self._write_prompts_into(cache, x.device)
-        copies = len(self._lengths())
-        paired[key] = x[:, together:].repeat_interleave(copies, 1)
-        paired["position_ids"] = positions[:, together:].repeat_interleave(copies, 1)
-        paired["attention_mask"] = mark(self._stream_mask(visible))
+        self._write_prompts_into(cache, prompts)
+        paired[key] = self._in_turns(x[:, together:])
+        paired["position_ids"] = self._in_turns(positions[:, together:])
+        mask = self._stream_mask(visible, seen + new, x.device)
+        paired["attention_mask"] = mask if mask is None else mark(mask)
         if call.get("logits_to_keep"):
-            paired["logits_to_keep"] = call["logits_to_keep"] * copies
+            paired["logits_to_keep"] = call["logits_to_keep"] * len(self._lengths())
         return paired
 
     def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:
@@ -212,47 +204,67 @@ class SharedCache(PairedCache):
         contrasted = visible - self.shared
         if contrasted <= 0:
             return visible
-        return self.shared + sum(self._lengths()) + contrasted * len(self._lengths())
+        return self._first_own() + contrasted * len(self._lengths())
 
     def _both(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
 
-    def _write_prompts_into(self, cache: Cache, device: torch.device) -> None:
-        """Put the soft prompts behind the shared part of every row; AP, the last of them, not past the horizon."""
-        stop = sum(self._lengths())
-        learned = self.streams.key_value
-        layers = self._prompts or (self.streams.key_values_like(cache) if learned else self.streams.key_values(device))
+    def _in_turns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every token once per stream, side by side: `[B, tokens, ...]`; a single token is not copied."""
+        copies = len(self._lengths())
+        return tensor.unsqueeze(2).expand(-1, -1, copies, *tensor.shape[2:]).flatten(1, 2)
+
+    def _soft_prompts(self, device: torch.device) -> list[KeyValues | None]:
+        """Keys and values of the soft prompts; with `use_cache=False` every forward needs them."""
+        layers = self._prompts or self.streams.key_values(device)
         self._prompts = layers if self.inner is None else None
-        for index, layer in enumerate(layers):
+        return layers
+
+    def _write_prompts_into(self, cache: Cache, prompts: list[KeyValues | None]) -> None:
+        """Put the soft prompts behind the shared part of every row; AP, the last of them, not past the horizon."""
+        if prompts and self.streams.key_value:
+            self.streams.check_like(cache)
+        stop = sum(self._lengths())
+        for index, layer in enumerate(prompts):
             if layer is not None:
-                cache.update(*(part[:, :, :stop].expand(self.rows, -1, -1, -1) for part in layer), index)
+                keys, values = layer
+                if self.streams.key_value:
+                    keys, values = keys.to(cache.layers[index].keys), values.to(cache.layers[index].values)
+                cache.update(*(part[:, :, :stop].expand(self.rows, -1, -1, -1) for part in (keys, values)), index)
 
-    def _slots(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stream and visible token of every slot, for `length` visible tokens; soft prompts stand before them all."""
-        streams = torch.arange(len(self._lengths()), device=device)
-        prompts = [torch.full((n,), stream, device=device) for stream, n in enumerate(self._lengths())]
-        times = torch.arange(length, device=device)
-        shared, own = times[: self.shared], times[self.shared :]
-        stream = [torch.full_like(shared, _BOTH), *prompts, streams.repeat(len(own))]
-        time = [shared, shared.new_full((sum(self._lengths()),), -1), own.repeat_interleave(len(streams))]
-        return torch.cat(stream), torch.cat(time)
+    def _stream_mask(self, visible: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+        """What each stream's last `contrasted` tokens see, `[B, 1, queries, slots]`; `None` where that is all."""
+        copies, slots, contrasted = len(self._lengths()), self._slots_for(length), self.contrasted
+        if visible is None and copies == contrasted == 1:
+            return None
+        mask = self._pattern_for(slots, self.streams.model.dtype, device)[:, : aligned(slots)]
+        if contrasted > 1:
+            mask = mask.repeat(contrasted, 1)
+            new = contrasted * copies
+            later = torch.ones(new, new, dtype=torch.bool, device=device).triu(1)
+            hide(mask[:, slots - new : slots], later)
+        mask = mask.expand(self.rows, 1, -1, -1)
+        if visible is not None:
+            mask, hidden = mask.clone(), (visible == 0)[:, None, None]
+            hide(mask[..., : self.shared], hidden[..., : self.shared])
+            own = mask[..., self._first_own() : slots].unflatten(-1, (-1, copies))
+            hide(own, hidden[..., self.shared :, None])
+        return mask[..., :slots]
 
-    def _stream_mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """To add to the scores of each stream's last `contrasted` tokens, `[B, 1, queries, slots]`."""
-        stream, time = self._slots(visible.shape[1], visible.device)
-        queries = slice(len(stream) - self.contrasted * len(self._lengths()), None)
-        sees = (stream == _BOTH) | (stream == stream[queries, None])
-        sees &= time <= time[queries, None]
-        shown = torch.cat([visible.new_ones(len(visible), 1), visible], dim=1).bool()[:, time + 1]
-        dtype = self.streams.model.dtype
-        mask = torch.zeros(len(visible), 1, *sees.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~(sees & shown[:, None])[:, None], torch.finfo(dtype).min)
+    def _make_pattern(self, slots: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return shared_pattern(self._lengths(), self.shared, slots, dtype, device)
 
-    def _keep_safeguarding(self, inner: Cache) -> None:
-        stream, _ = self._slots(self.seen, torch.device("cpu"))
-        kept = (stream != 1).nonzero()[:, 0]
-        for layer in inner.layers:
-            layer.keys, layer.values = (kv[..., kept.to(kv.device), :] for kv in (layer.keys, layer.values))
+    def _first_own(self) -> int:
+        """The slot behind x and the soft prompts."""
+        return self.shared + sum(self._lengths())
+
+    def _keep_safeguarding(self, layer: Any) -> None:
+        kept, first = self._first_own(), self.shared + sum(self.streams.lengths)
+
+        def write(old: torch.Tensor, new: torch.Tensor) -> None:
+            torch.cat([old[..., :kept, :], old[..., first::2, :]], dim=-2, out=new)
+
+        layer.move(self.rows, self._slots_for(self.seen), write)
 
     def _visible(self, value: Any, new: int) -> Any:
         """SP's part of an output: hidden states `[B, queries, h]`, attentions `[B, heads, queries, slots]`."""
@@ -263,5 +275,5 @@ class SharedCache(PairedCache):
         copies = len(self._lengths())
         if value.ndim == 3:
             return value[:, ::copies]
-        stream, time = self._slots(self.seen + new if self.inner is not None else new, value.device)
-        return value[:, :, ::copies, ((stream <= 0) & (time >= 0)).nonzero()[:, 0]]
+        value = value[:, :, ::copies]
+        return torch.cat([value[..., : self.shared], value[..., self._first_own() :: copies]], dim=-1)

@@ -55,6 +55,11 @@ class PairedStreams:
         self._lock = threading.Lock()
         self._stored: list[KeyValues | None] | None = None
 
+    @property
+    def attention(self) -> str | None:
+        """The attention that the model uses now."""
+        return self.model.config.get_text_config(decoder=True)._attn_implementation
+
     def key_values(self, device: torch.device) -> list[KeyValues | None]:
         """Keys and values of both soft prompts, per layer, each `[2, heads, W, head_dim]`, left-padded with zeros.
 
@@ -67,6 +72,9 @@ class PairedStreams:
             # What dropout or autocast made of them is no property of the frozen model
             if self.frozen and not self.model.training and not torch.is_autocast_enabled(device.type):
                 self._stored = layers
+                for place in {kv.device for layer in layers if layer is not None for kv in layer}:
+                    if place.type == "cuda":  # later calls may be on other streams of the device
+                        torch.cuda.current_stream(place).synchronize()
             return layers
 
     def check_length(self, max_length: int) -> None:
