@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from ..decoding import attention
 from ..decoding.layers import reuses_prefix
 from ..pairs.key_values import prompt_key_values
 from ..pairs.prompt_pair import STREAMS
@@ -128,17 +129,22 @@ class OPOModel(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """Give the language-model head the last tokens of a batch in one piece.
+def fast_forwards(opo: OPOModel) -> Iterator[None]:
+    """Spare the forwards within what costs a multiple of the work itself, on a CPU above all.
 
-    A slice of hidden states has gaps, and torch multiplies it with a frozen matrix row by row, each time with a copy
-    of the matrix: 16 rows by SmolLM2's head took 11 s instead of 0.04 s on a CPU.
+    - The language-model head is given its tokens in one piece. A slice of hidden states has gaps, and torch multiplies
+      it with a frozen matrix row by row, each time with a copy of the matrix: 16 rows by SmolLM2's head took 11 s
+      instead of 0.04 s.
+    - Behind a shared instruction, attention takes keys and values as they are (`attention.py`): most of the backward
+      pass went into copies of them for each query head.
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    hook = opo.base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    attention.install(opo)
     try:
         yield
     finally:
         hook.remove()
+        attention.remove(opo)
 
 
 def by_length(lengths: torch.Tensor) -> list[torch.Tensor]:
@@ -256,17 +262,25 @@ def _forward_behind_instruction(
         )
         cache.update(keys, values, index)
     seen = torch.arange(max(map(len, rows)), device=ids.device) < lengths[:, None]
-    prompted = mask.new_ones(len(ids), prompt[0][0].shape[-2] if prompt else 0)
+    prompted = seen.new_ones(len(ids), prompt[0][0].shape[-2] if prompt else 0)
+    shown = torch.cat([seen, prompted, mask[:, last:].bool()], dim=1)
     positions = lengths[:, None] + torch.arange(response_length + 1, device=ids.device)
     logits = model(
         input_ids=ids[:, last:],
-        attention_mask=torch.cat([seen.to(mask), prompted, mask[:, last:]], dim=1),
+        attention_mask=attention.mark(_causal_mask(shown, response_length + 1, model.dtype)),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=response_length + 1,
     ).logits
     return logits[:, :-1]
+
+
+def _causal_mask(shown: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """To add to the scores of the last `queries` slots, `[B, 1, queries, slots]`, from those shown, `[B, slots]`."""
+    slots = torch.arange(shown.shape[1], device=shown.device)
+    sees = shown[:, None, None] & (slots <= slots[-queries:, None])
+    return torch.zeros(sees.shape, dtype=dtype, device=shown.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 def _checkpoints_gradients(model: torch.nn.Module) -> bool:

@@ -24,7 +24,7 @@ from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import system_prompt_ids
 from .arguments import check_arguments
 from .data import AnchorExamples, check_context, load_examples
-from .model import OPOModel, contiguous_head
+from .model import OPOModel, fast_forwards
 from .prompts import initial_prompts
 from .trainer import NAMES, OPOTrainer
 
@@ -129,7 +129,7 @@ def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
         _write_json(run.folder / SETTINGS_NAME, settings)
     initial = initial_prompts(model, run.tokenizer, run.options)
     opo = OPOModel(model, initial, run.options.shares_instruction)
-    with contiguous_head(model):
+    with fast_forwards(opo):
         log = _train(opo, run)
     model.eval()
     losses = _held_out_summary(log, run.args)
