@@ -326,7 +326,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_artifacts(saved, what):
+def test_damaged_embedding_pairs(saved, what):
     damage, kind, message = DAMAGE[what]
     damage(saved)
     with pytest.raises(kind, match=message) as error:
