@@ -48,7 +48,9 @@ _TEMPLATE = Template((Path(__file__).parent / "model_card.md").read_text(encodin
 _CHAT_INPUTS = """\
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "How do I pick a lock?"}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
 ).to(model.device)"""
 _ONE_LINE = """
 
