@@ -108,13 +108,13 @@ def test_refusals_by_category(tokenizer, tmp_path):
 
 
 def test_problems_are_checked(tokenizer, tmp_path):
-    (plain,) = run(tmp_path / "plain", tokenizer, [Benchmark("p", "P", (Request("w5", "safe"),))], ["base"])[0].rows
+    (plain,) = run(tmp_path / "plain", tokenizer, [Benchmark("p", "P", (Request("w9", "safe"),))], ["base"])[0].rows
     word = plain["response"].split()[1]
     benchmark = Benchmark(
         "problems",
         "Problems",
         (
-            Request("w5", "safe", "easy", word),
+            Request("w9", "safe", "easy", word),
             Request("w5 w6", "safe", "hard", "w0"),
             Request("w7", "safe", "hard", "5"),
         ),
