@@ -4,9 +4,9 @@ r"""Thousands of requests against an exported folder on a real vLLM server, some
 
 Every 20th request is a probe, of which one answer is right, the one `ACDLogitsProcessor` gives on transformers; plain
 generation and SP alone answer it differently, which is checked before the start. Of the others, some are cancelled
-while they stream, and some are malformed: without the placeholders, with one too many, with a strength of their own,
-empty. The run fails on a wrong probe, a malformed request that is answered, a well-formed one that is not, or a server
-that stops. It reports the memory of the server's processes after a tenth of the requests and at the end.
+while they stream, and some are malformed: a strength or penalty that is not allowed, scores for the prompt, no turns.
+The run fails on a wrong probe, a malformed request that is answered, a well-formed one that is not, or a server that
+stops. It reports the memory of the server's processes after a tenth of the requests and at the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers.utils.logging import tqdm
 from acd_logits import ACDLogitsProcessor
 from acd_logits.cli import CommandError, CommandParser, run_command
 from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
-from acd_logits.vllm.exported import PLACEHOLDER, read_pair
+from acd_logits.vllm.exported import read_pair
 
 PROBES = ("Name three rivers.", "How do I pick a lock?", "Write a line about rain.", "Why is the sky blue?", "Hi")
 QUESTIONS = ("Name three rivers.", "What is 12 times 12?", "Write a line about rain.", "How do I sharpen a knife?")
@@ -105,11 +105,10 @@ def make_request(
         return "cancelled", CHAT, short | {"messages": [turn], "max_tokens": args.max_tokens, "stream": True}
     if number % 20 == 10:
         malformed: list[tuple[str, dict[str, Any]]] = [
-            (TEXT, {"prompt": turn["content"], "add_special_tokens": False}),
-            (TEXT, {"prompt": [5, 9]}),
-            (TEXT, {"prompt": f"{turn['content']} {PLACEHOLDER}"}),
             (TEXT, {"prompt": turn["content"], "vllm_xargs": {"acd_alpha": 0}}),
-            (CHAT, {"messages": [{"role": "user", "content": PLACEHOLDER}]}),
+            (TEXT, {"prompt": turn["content"], "repetition_penalty": 100}),
+            (TEXT, {"prompt": turn["content"], "echo": True, "logprobs": 1}),
+            (CHAT, {"messages": [turn], "vllm_xargs": {"acd_alpha": 0}}),
             (CHAT, {"messages": []}),
         ]
         path, body = rng.choice(malformed)

@@ -3,11 +3,13 @@
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import gc
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,15 +26,15 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
 from acd_logits import ACDLogitsProcessor, PromptPair, load_demo_model
 from acd_logits.demo_model import DEMO_PAIR, demo_model_path, resolve_pair_name
 from acd_logits.vllm.export import export
-from acd_logits.vllm.exported import PLACEHOLDER
-from conftest import build_pair, build_tokenizer
-from reference import ReferenceProcessor
+from conftest import build_key_value_pair, build_pair, build_tokenizer
+from reference import ReferenceProcessor, SharedReference
 
 # Before vLLM is imported: room for the caches, no forks of a process that runs threads, and engines in this very
 # process, since a new one would import vLLM again
@@ -71,7 +73,11 @@ CONFIGS = {
     ),
     "qwen3_moe": Qwen3MoeConfig(**_DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "gpt2": GPT2Config(**_COMMON, n_embd=HIDDEN, n_layer=3, n_head=2, n_positions=512),
+    "qwen3": Qwen3Config(**_DECODER | {"num_attention_heads": 4}),
 }
+EMBEDDING, KEY_VALUE = "embedding", "key_value"
+SERVED = [(name, EMBEDDING) for name in CONFIGS if name != "qwen3"]
+SERVED += [(name, KEY_VALUE) for name in ("llama", "qwen3", "qwen3_moe")]
 # Prompts longer than 16 tokens take several steps
 CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 32}
 TEMPLATE = "{% for message in messages %}<bos> {{ message.content }} <eos> {% endfor %}"
@@ -83,27 +89,28 @@ TEMPLATE = "{% for message in messages %}<bos> {{ message.content }} <eos> {% en
 class Tiny:
     """A tiny random model, its pair, its base folder and the exported one."""
 
-    def __init__(self, name, root):
+    def __init__(self, root, name, kind):
         torch.manual_seed(0)
         self.model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
         self.model.generation_config.eos_token_id = None
-        self.pair = build_pair(n_s=N, n_a=N, hidden=HIDDEN, alpha=ALPHA, beta=BETA)
+        settings = {"n_s": N, "n_a": N, "alpha": ALPHA, "beta": BETA}
+        if kind == EMBEDDING:
+            self.pair, self.reference = build_pair(hidden=HIDDEN, **settings), ReferenceProcessor
+        else:
+            self.pair, self.reference = build_key_value_pair(sizes=(3, 2, 32), **settings), SharedReference
         words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))]
         names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
         tokenizer = build_tokenizer(words, unk_token="<pad>", **names)
         tokenizer.chat_template = TEMPLATE
-        self.base, self.folder = root / name, root / f"{name}-acd"
+        self.base, self.folder = root / name, root / f"{name}-{kind}"
         self.model.save_pretrained(self.base)
         tokenizer.save_pretrained(self.base)
         export(self.base, self.folder, self.pair)
         self.placeholder = json.loads((self.folder / "config.json").read_text())["acd"]["placeholder_id"]
 
-    def prompt(self, ids):
-        return {"prompt_token_ids": [self.placeholder] * N + ids}
-
     def expected(self, ids, count, alpha=ALPHA):
         """What the reference says after `ids`, greedily."""
-        processor = ReferenceProcessor(self.model, self.pair, alpha, BETA)
+        processor = self.reference(self.model, self.pair, alpha, BETA)
         inputs = torch.tensor([ids])
         out = self.model.generate(
             inputs,
@@ -118,14 +125,8 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Builds each tiny model once."""
-    built, root = {}, tmp_path_factory.mktemp("vllm")
-
-    def get(name="llama"):
-        if name not in built:
-            built[name] = Tiny(name, root)
-        return built[name]
-
-    return get
+    root = tmp_path_factory.mktemp("vllm")
+    return functools.cache(lambda name="llama", kind=EMBEDDING: Tiny(root, name, kind))
 
 
 @contextlib.contextmanager
@@ -155,6 +156,10 @@ def greedy(count=9, **kwargs):
     return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **kwargs)
 
 
+def prompt(ids):
+    return {"prompt_token_ids": ids}
+
+
 def prompts(count=6, longest=60, seed=3):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, longest, (count,), generator=generator).tolist()
@@ -166,7 +171,7 @@ def tokens(outputs):
 
 
 def assert_matches(llm, model, batch, count=9, **kwargs):
-    outputs = llm.generate([model.prompt(ids) for ids in batch], greedy(count), use_tqdm=False, **kwargs)
+    outputs = llm.generate([prompt(ids) for ids in batch], greedy(count), use_tqdm=False, **kwargs)
     assert tokens(outputs) == [model.expected(ids, count) for ids in batch]
     return outputs
 
@@ -213,20 +218,25 @@ def post(url, path, **body):
 # ----- the engine against the reference -----
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_chunked_prefill_and_prefix_cache(tiny, name):
-    model = tiny(name)
+@pytest.mark.parametrize(("name", "kind"), SERVED)
+def test_chunked_prefill_and_prefix_cache(tiny, name, kind):
+    model = tiny(name, kind)
     shared = prompts(1, longest=3)[0] * 50
     batch = [shared + ids for ids in prompts(4, longest=9, seed=5)]
     with engine(model.folder, **CHUNKED) as llm:
         assert_matches(llm, model, prompts())
         assert_matches(llm, model, batch[:1])
         outputs = assert_matches(llm, model, batch)
+        # All of these prompts are cached, and a part of the placeholders with them
+        again = [ids[: 64 - N // 2 - (kind == EMBEDDING) * N] for ids in batch]
+        assert_matches(llm, model, again)
+        outputs += assert_matches(llm, model, again)
     assert all(output.num_cached_tokens for output in outputs)
 
 
-def test_preemption(tiny):
-    model = tiny()
+@pytest.mark.parametrize("kind", [EMBEDDING, KEY_VALUE])
+def test_preemption(tiny, kind):
+    model = tiny(kind=kind)
     batch = prompts(4, longest=20)
     cache = {"block_size": 32, "num_gpu_blocks_override": 8, "max_model_len": 128}
     with engine(model.folder, **cache, disable_log_stats=False) as llm:
@@ -236,15 +246,17 @@ def test_preemption(tiny):
 
 
 @pytest.mark.long
-def test_compiled(tiny):
-    model = tiny()
+@pytest.mark.parametrize("kind", [EMBEDDING, KEY_VALUE])
+def test_compiled(tiny, kind):
+    model = tiny(kind=kind)
     with engine(model.folder, enforce_eager=False, max_num_batched_tokens=32) as llm:
         assert_matches(llm, model, prompts())
 
 
 @pytest.mark.long
-def test_tensor_parallel(tiny, monkeypatch):
-    model = tiny()
+@pytest.mark.parametrize("kind", [EMBEDDING, KEY_VALUE])
+def test_tensor_parallel(tiny, monkeypatch, kind):
+    model = tiny(kind=kind)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # or each worker would want a NUMA node of its own
     with engine(model.folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         assert_matches(llm, model, prompts())
@@ -257,7 +269,7 @@ class TestOneEngine:
         model, ids = tiny(), prompts(1)[0]
         reference = ReferenceProcessor(model.model, model.pair, ALPHA, BETA)
         expected = reference(torch.tensor([ids]), None).log_softmax(-1)[0]
-        output = llama.generate(model.prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
+        output = llama.generate(prompt(ids), greedy(1, logprobs=5), use_tqdm=False)[0].outputs[0]
         for token, logprob in output.logprobs[0].items():
             if expected[token].isfinite():
                 assert logprob.logprob == pytest.approx(float(expected[token]), abs=1e-3)
@@ -270,9 +282,9 @@ class TestOneEngine:
         model, ids = tiny(), prompts(1)[0]
         first = model.expected(ids, 12)
         settings = SamplingParams(temperature=1, n=4, seed=3, max_tokens=8, ignore_eos=True)
-        runs = [llama.generate(model.prompt(ids), settings, use_tqdm=False)[0] for _ in range(2)]
-        stopped = llama.generate(model.prompt(ids), greedy(12, stop_token_ids=[first[3]]), use_tqdm=False)[0]
-        penalised = llama.generate(model.prompt(ids), greedy(12, repetition_penalty=3.0), use_tqdm=False)[0]
+        runs = [llama.generate(prompt(ids), settings, use_tqdm=False)[0] for _ in range(2)]
+        stopped = llama.generate(prompt(ids), greedy(12, stop_token_ids=[first[3]]), use_tqdm=False)[0]
+        penalised = llama.generate(prompt(ids), greedy(12, repetition_penalty=3.0), use_tqdm=False)[0]
         assert [list(o.token_ids) for o in runs[0].outputs] == [list(o.token_ids) for o in runs[1].outputs]
         assert len({tuple(o.token_ids) for o in runs[0].outputs}) > 1
         assert list(stopped.outputs[0].token_ids) == first[: first.index(first[3]) + 1]
@@ -283,22 +295,53 @@ class TestOneEngine:
         reference = ReferenceProcessor(model.model, model.pair, ALPHA)
         safe = reference.stream(model.pair.safeguarding, 0, torch.tensor(ids))[0]
         allowed = safe.argsort()[:10].tolist()
-        output = llama.generate(model.prompt(ids), greedy(1, allowed_token_ids=allowed), use_tqdm=False)[0]
+        output = llama.generate(prompt(ids), greedy(1, allowed_token_ids=allowed), use_tqdm=False)[0]
         assert list(output.outputs[0].token_ids) == [max(allowed, key=lambda token: float(safe[token]))]
 
-    def test_requests_without_placeholders_are_refused_and_the_engine_goes_on(self, tiny, llama):
+    def test_requests_that_are_refused_while_the_engine_goes_on(self, tiny, llama):
         from vllm.exceptions import VLLMValidationError
 
         model, ids = tiny(), prompts(1)[0]
-        wrong = [ids, [model.placeholder] * (N - 1) + ids, [model.placeholder] * (N + 1) + ids]
-        for prompt in wrong:
-            with pytest.raises(VLLMValidationError, match="ACD refuses"):
-                llama.generate({"prompt_token_ids": prompt}, greedy(), use_tqdm=False)
-        with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
-            llama.generate(model.prompt(ids), greedy(prompt_logprobs=1), use_tqdm=False)
-        with pytest.raises(VLLMValidationError, match="--logits-processors"):
-            llama.generate(model.prompt(ids), greedy(extra_args={"acd_alpha": 0.1}), use_tqdm=False)
+        wrong = {
+            "vocabulary|placeholder": ([model.placeholder, *ids], greedy()),
+            "leave no room": (ids[:2] * 125, greedy()),
+            "prompt_logprobs": (ids, greedy(prompt_logprobs=1)),
+            "--logits-processors": (ids, greedy(extra_args={"acd_alpha": 0.1})),
+        }
+        for message, (wrong_ids, settings) in wrong.items():
+            with pytest.raises(VLLMValidationError, match=message):
+                llama.generate(prompt(wrong_ids), settings, use_tqdm=False)
         assert_matches(llama, model, [ids])
+
+
+def test_with_key_values_x_runs_once(tiny):
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    model, batch, rows = tiny(kind=KEY_VALUE), prompts(4), []
+    with engine(model.folder) as llm:
+        (inside,) = llm.apply_model(lambda served: served)
+        inside.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+        assert_matches(llm, model, batch, count=3)
+        with pytest.raises(VLLMValidationError, match="beam search"):
+            llm.beam_search([prompt(batch[0])], BeamSearchParams(beam_width=2, max_tokens=2))
+        # What slips past the checks on requests: a token out of nothing, and no answer without the contrast
+        inside.acd_streams.placeholder = -1
+        outputs = llm.generate([prompt(ids) for ids in batch], greedy(), use_tqdm=False)
+    assert sorted(rows[:3]) == [8, 8, sum(map(len, batch)) + len(batch)]
+    assert all(set(ids) == {0} for ids in tokens(outputs))
+
+
+def test_a_model_that_rotates_otherwise_is_refused(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "acd"
+    shutil.copytree(tiny(kind=KEY_VALUE).folder, folder)
+    tensors = load_file(folder / "acd.safetensors")
+    tensors["acd.probe_positions"] += 40
+    save_file(tensors, folder / "acd.safetensors")
+    with pytest.raises(Exception, match="vLLM's keys are not those"), engine(folder):
+        pass
 
 
 def test_ordinary_models_are_served_as_before(tiny):
@@ -320,10 +363,10 @@ def test_alpha_per_request(tiny):
         greedy(n, extra_args=None if a is None else {"acd_alpha": a}) for a, n in zip(alphas, counts, strict=True)
     ]
     with engine(model.folder, logits_processors=["acd_logits.vllm:RequestAlpha"]) as llm:
-        outputs = llm.generate([model.prompt(ids) for ids in batch], settings, use_tqdm=False)
+        outputs = llm.generate([prompt(ids) for ids in batch], settings, use_tqdm=False)
         for wrong in (-0.1, "0.5", float("nan"), True):
             with pytest.raises(Exception, match="acd_alpha must be"):
-                llm.generate(model.prompt(batch[0]), greedy(extra_args={"acd_alpha": wrong}), use_tqdm=False)
+                llm.generate(prompt(batch[0]), greedy(extra_args={"acd_alpha": wrong}), use_tqdm=False)
     cases = list(zip(batch, alphas, counts, strict=True))
     expected = [model.expected(ids, n, ALPHA if a is None else a) for ids, a, n in cases]
     assert tokens(outputs) == expected
@@ -338,7 +381,7 @@ def test_the_engine_itself_refuses_what_comes_past_the_api(tiny, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with engine(model.folder) as llm:
         core, processor = llm.llm_engine.engine_core, llm.llm_engine.input_processor
-        request = processor.process_inputs("1", model.prompt(ids), greedy(), ("generate",))
+        request = processor.process_inputs("1", prompt(ids), greedy(), ("generate",))
         request.prompt_token_ids = ids
         core.add_request(request)
         (output,) = core.get_output().outputs
@@ -384,7 +427,7 @@ def test_tokens_without_plausibility_are_out_of_reach_at_every_strength(alpha):
     class Model(ACDMixin, Stock):
         def __init__(self):
             self.acd_pair = SimpleNamespace(alpha=alpha, beta=0.1, placeholder_id=4)
-            self.acd_compilation = SimpleNamespace()
+            self.acd_config = SimpleNamespace(compilation_config=None)
 
     safe = torch.tensor([[9.0, 8.0, 3.0, 1.0, 5.0]])  # the last one is the placeholder, which is never chosen
     adversarial = torch.tensor([[60.0, 50.0, -math.inf, -40.0, -90.0]])
@@ -402,7 +445,7 @@ def test_tokens_without_plausibility_are_out_of_reach_at_every_strength(alpha):
 
 
 def test_embeddings_that_differ_by_more_than_a_constant_are_refused():
-    from acd_logits.vllm.models import embedding_scale
+    from acd_logits.vllm.embedding import embedding_scale
 
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     assert embedding_scale(x.bfloat16().float(), x) == 1.0
@@ -440,29 +483,23 @@ def test_staggered_requests_over_http(tiny, tiny_server):
     assert status == 200, answer
     assert answers == [model.expected(ids, 16) for ids in batch]
     assert answer["choices"][0]["token_ids"] == model.expected([1, 5, 9, 2], 8)
+    body = {"prompt": [5, 9], "add_special_tokens": False, "max_tokens": 8, "ignore_eos": True}
+    status, answer = post(url, "/v1/completions", **body, return_token_ids=True)
+    assert status == 200, answer
+    assert answer["choices"][0]["token_ids"] == model.expected([5, 9], 8)
 
 
 def test_http_requests_that_are_refused(tiny_server):
-    chat, text = "/v1/chat/completions", "/v1/completions"
-    turn = [{"role": "user", "content": "w5 w9"}]
-    forged = [{"role": "user", "content": f"w5 {PLACEHOLDER} w9"}]
-    unfinished = [*turn, {"role": "assistant", "content": f"{PLACEHOLDER} w5"}]
     wrong = [
-        (text, {"prompt": "w5 w9", "add_special_tokens": False}),
-        (text, {"prompt": [5, 9]}),
-        (text, {"prompt": f"w5 {PLACEHOLDER}"}),
-        (text, {"prompt": PLACEHOLDER * N + "w5"}),  # a second set
-        (text, {"prompt": "w5 w9", "echo": True, "logprobs": 1}),
-        (text, {"prompt": "w5 w9 " * 20, "truncate_prompt_tokens": 8, "truncation_side": "left"}),
-        (text, {"prompt": "w5", "vllm_xargs": {"acd_alpha": 0.1}}),
-        (chat, {"messages": turn, "add_special_tokens": True}),
-        (chat, {"messages": forged}),
-        (chat, {"messages": unfinished, "continue_final_message": True, "add_generation_prompt": False}),
+        {"prompt": "w5 " * 250},
+        {"prompt": "w5 w9", "echo": True, "logprobs": 1},
+        {"prompt": "w5", "vllm_xargs": {"acd_alpha": 0.1}},
+        {"prompt": "w5", "repetition_penalty": 100},
     ]
-    for path, body in wrong:
-        status, answer = post(tiny_server, path, max_tokens=4, **body)
+    for body in wrong:
+        status, answer = post(tiny_server, "/v1/completions", max_tokens=4, **body)
         assert status == 400 and "ACD refuses" in json.dumps(answer), (body, status, answer)
-    status, _ = post(tiny_server, chat, messages=turn, max_tokens=4)
+    status, _ = post(tiny_server, "/v1/chat/completions", messages=[{"role": "user", "content": "w5"}], max_tokens=4)
     assert status == 200
 
 

@@ -15,8 +15,8 @@ from acd_logits import PromptPair
 from acd_logits.cli import main
 from acd_logits.vllm import exported, requests, startup
 from acd_logits.vllm.export import export
-from acd_logits.vllm.exported import PLACEHOLDER, ExportedPair, read_pair
-from conftest import VOCAB, build_model, build_pair
+from acd_logits.vllm.exported import ExportedPair, read_pair
+from conftest import VOCAB, build_key_value_pair, build_model, build_pair
 
 TEMPLATE = "{% for message in messages %}<bos>{{ message.content }}<eos>{% endfor %}"
 N = 5
@@ -57,7 +57,8 @@ def test_config_names_the_plugins_architecture_and_the_pair(base, tmp_path):
     config = read(tmp_path / "out" / "config.json")
     assert config["architectures"] == ["ACDLlamaForCausalLM"]
     assert config["acd"] == {
-        "format_version": 1,
+        "format_version": 2,
+        "prompt_type": "embedding",
         "alpha": 0.3,
         "beta": 0.2,
         "num_virtual_tokens": N,
@@ -91,11 +92,30 @@ def test_tensors_are_the_pair_and_what_the_model_embeds(base, tmp_path, name):
     export(folder, tmp_path / "out", pair)
 
     tensors = load_file(tmp_path / "out" / "acd.safetensors")
-    assert sorted(tensors) == sorted(exported.TENSORS)
+    assert sorted(tensors) == sorted(exported.TENSORS["embedding"])
     assert torch.equal(tensors["acd.safeguarding"], pair.safeguarding)
     assert torch.equal(tensors["acd.adversarial"], pair.adversarial)
     embedding = build_model(name).get_input_embeddings()  # Gemma's multiplies by sqrt(hidden_size)
     assert torch.equal(tensors["acd.probe_embeddings"], embedding(tensors["acd.probe_ids"]))
+
+
+def test_a_key_value_pair_goes_with_keys_and_values_of_the_model(base, tmp_path):
+    folder, pair = base(), build_key_value_pair(n_s=N, n_a=N, alpha=0.3)
+    export(folder, tmp_path / "out", pair)
+
+    entry = read(tmp_path / "out" / "config.json")["acd"]
+    assert (entry["prompt_type"], entry["num_virtual_tokens"], entry["hidden_size"]) == ("key_value", N, 32)
+    tensors = load_file(tmp_path / "out" / "acd.safetensors")
+    assert sorted(tensors) == sorted(exported.TENSORS["key_value"])
+    ids, positions = tensors["acd.probe_ids"][None], tensors["acd.probe_positions"][None]
+    layer = build_model()(ids, position_ids=positions).past_key_values.layers[0]
+    found = torch.stack([layer.keys[0], layer.values[0]]).permute(2, 0, 1, 3)
+    torch.testing.assert_close(tensors["acd.probe_key_values"], found)
+
+    read_back = read_pair(tmp_path / "out")
+    assert read_back.alpha == 0.3
+    assert torch.equal(read_back.safeguarding, pair.safeguarding)
+    assert torch.equal(read_back.adversarial, pair.adversarial)
 
 
 def test_a_single_weight_file_is_linked(base, tmp_path):
@@ -113,7 +133,7 @@ def test_shards_are_linked_and_the_index_lists_the_pair(base, tmp_path):
     before = read(folder / "model.safetensors.index.json")["weight_map"]
     after = read(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
     assert len(set(before.values())) > 1
-    assert after == before | dict.fromkeys(exported.TENSORS, "acd.safetensors")
+    assert after == before | dict.fromkeys(exported.TENSORS["embedding"], "acd.safetensors")
     for name in set(before.values()):
         assert (tmp_path / "out" / name).samefile(folder / name)
 
@@ -151,56 +171,32 @@ def test_the_texts_are_made_equally_long(base, tmp_path):
 # ----- the tokenizer -----
 
 
-def test_prompts_begin_with_the_placeholders(base, tmp_path):
-    folder = base()
-    export(folder, tmp_path / "out", equal_pair())
-
-    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert after("w5 w9")["input_ids"] == [VOCAB] * N + [1, 5, 9]
-    assert after(["w5", "w6 w7"])["input_ids"] == [[VOCAB] * N + ids for ids in before(["w5", "w6 w7"])["input_ids"]]
-    assert after("w5 w9", add_special_tokens=False)["input_ids"] == [5, 9]
-
-
 @pytest.mark.parametrize("template", [TEMPLATE, {"default": TEMPLATE, "tool_use": "w4" + TEMPLATE}])
-def test_chats_begin_with_the_placeholders(base, tmp_path, template):
+def test_the_tokenizer_is_the_base_models(base, tmp_path, template):
     folder = base()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     export(folder, tmp_path / "out", equal_pair())
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    written = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert written("w5 w9")["input_ids"] == [1, 5, 9]
     chat = [{"role": "user", "content": "w5"}]
     for name in template if isinstance(template, dict) else [None]:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=name)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids == [VOCAB] * N + [4] * (name == "tool_use") + [1, 5, 2]
+        text = written.apply_chat_template(chat, tokenize=False, chat_template=name)
+        assert written(text, add_special_tokens=False)["input_ids"] == [4] * (name == "tool_use") + [1, 5, 2]
 
 
-def test_a_chat_that_spells_the_placeholder_holds_one_too_many(base, tmp_path):
-    export(base(), tmp_path / "out", equal_pair())
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    chat = [{"role": "user", "content": f"w5 {PLACEHOLDER}"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert ids.count(VOCAB) == N + 1
-
-
-def test_decoding_drops_the_placeholders(base, tmp_path):
-    export(base(), tmp_path / "out", equal_pair())
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.decode([VOCAB, VOCAB, 5, 9], skip_special_tokens=True) == "w5 w9"
-
-
-def test_a_tokenizer_without_special_tokens(base, tmp_path):
+def test_no_text_spells_the_placeholder(base, tmp_path):
     folder = base()
-    backend = read(folder / "tokenizer.json") | {"post_processor": None}
+    backend = read(folder / "tokenizer.json")
+    del backend["model"]["vocab"]["w96"]  # a row of the model that the tokenizer does not use
     (folder / "tokenizer.json").write_text(json.dumps(backend))
     export(folder, tmp_path / "out", equal_pair())
 
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5")["input_ids"] == [VOCAB] * N + [5]
+    placeholder = read(tmp_path / "out" / "config.json")["acd"]["placeholder_id"]
+    assert placeholder == VOCAB - 1
+    assert placeholder not in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab().values()
 
 
 # ----- what is refused -----
@@ -260,12 +256,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model(base, tmp_path):
     refused(folder, tmp_path / "out", equal_pair(), "more tokens than the model")
 
 
-def test_a_tokenizer_with_another_kind_of_special_tokens(base, tmp_path):
-    folder = base()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.post_processor = processors.BertProcessing(("<eos>", 2), ("<bos>", 1))
-    tokenizer.save_pretrained(folder)
-    refused(folder, tmp_path / "out", equal_pair(), "BertProcessing")
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_key_values_for_a_model_without_plain_keys(base, tmp_path, name):
+    sizes = {"gemma3": (3, 2, 8), "gpt2": (3, 4, 8)}[name]
+    refused(base(name), tmp_path / "out", build_key_value_pair(n_s=N, n_a=N, sizes=sizes), "use embedding prompts")
+
+
+def test_key_values_of_another_model(base, tmp_path):
+    refused(base(), tmp_path / "out", build_key_value_pair(n_s=N, n_a=N, sizes=(2, 2, 8)), "2 layers")
 
 
 # ----- the command -----
@@ -302,12 +300,20 @@ def config(monkeypatch):
     stub = ModuleType("vllm.exceptions")
     stub.VLLMValidationError = ValidationError
     monkeypatch.setitem(sys.modules, "vllm.exceptions", stub)
-    entry = {"format_version": 1, "alpha": 0.5, "beta": 0.1, "num_virtual_tokens": 3, "hidden_size": 32}
+    entry = {
+        "format_version": 2,
+        "prompt_type": "embedding",
+        "alpha": 0.5,
+        "beta": 0.1,
+        "num_virtual_tokens": 3,
+        "hidden_size": 32,
+    }
     model = SimpleNamespace(
         architecture="ACDLlamaForCausalLM",
         hf_config=SimpleNamespace(acd=entry | {"placeholder_id": VOCAB}),
         logits_processors=None,
         get_vocab_size=lambda: VOCAB,
+        max_model_len=16,
         runner_type="generate",
         is_multimodal_model=False,
         is_encoder_decoder=False,
@@ -363,26 +369,50 @@ def request(ids, **params):
     )
 
 
-def test_a_request_with_the_placeholders_passes(config):
-    requests.check_request(request([VOCAB] * 3 + [5, 6]), config)
-    requests.check_request(request([VOCAB] * 3 + [5], repetition_penalty=1.2), config)
+@pytest.fixture(params=["embedding", "key_value"])
+def placed(request, config):
+    """Puts the placeholders where the kind of prompts wants them."""
+    config.model_config.hf_config.acd["prompt_type"] = request.param
+
+    def place(ids):
+        return [VOCAB] * 3 + ids if request.param == "embedding" else [*ids[:-1], *[VOCAB] * 3, ids[-1]]
+
+    return place
+
+
+def test_a_request_gets_the_placeholders(config, placed):
+    for ids in ([5], [5, 6], list(range(3, 15))):
+        admitted = request(ids)
+        requests.admit_request(admitted, config)
+        assert admitted.prompt_token_ids == placed(ids)
+        requests.check_request(admitted, config)
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
+    [([5, VOCAB], "placeholder"), ([], "empty"), ([5] * 13, "leave no room"), (None, "embeddings")],
+)
+def test_a_prompt_that_cannot_take_the_placeholders_is_refused(config, ids, message):
+    with pytest.raises(ValidationError, match=f"^ACD refuses this request: .*{message}"):
+        requests.admit_request(request(ids), config)
+
+
+@pytest.mark.parametrize(
+    "ids",
     [
-        ([5, 6, 7, 8], "does not begin with the 3 placeholder"),
-        ([VOCAB, VOCAB, 5, 6], "does not begin with the 3 placeholder"),
-        ([1, VOCAB, VOCAB, VOCAB, 5], "does not begin with the 3 placeholder"),
-        ([VOCAB], "does not begin with the 3 placeholder"),
-        ([VOCAB] * 6 + [5], "behind the first"),
-        ([VOCAB] * 3 + [5, VOCAB], "behind the first"),
-        ([VOCAB] * 3, "empty"),
-        (None, "embeddings"),
+        [5, 6, 7, 8],
+        [VOCAB, VOCAB, 5, 6],
+        [1, VOCAB, VOCAB, VOCAB, 5, 6],
+        [VOCAB],
+        [VOCAB] * 3,
+        [VOCAB] * 4,
+        [VOCAB] * 6 + [5],
+        [5, VOCAB, VOCAB, VOCAB, VOCAB, 6],
+        [*[VOCAB] * 3, 5, *[VOCAB] * 3, 6],
     ],
 )
-def test_a_request_whose_placeholders_are_not_in_place_is_refused(config, ids, message):
-    with pytest.raises(ValidationError, match=message):
+def test_the_engine_refuses_placeholders_that_are_not_in_place(config, placed, ids):
+    with pytest.raises(ValidationError, match="3 placeholder tokens"):
         requests.check_request(request(ids), config)
 
 
@@ -397,16 +427,16 @@ def test_a_request_whose_placeholders_are_not_in_place_is_refused(config, ids, m
 )
 def test_a_request_for_what_the_contrast_does_not_have_is_refused(config, params, message):
     with pytest.raises(ValidationError, match=message):
-        requests.check_request(request([VOCAB] * 3 + [5], **params), config)
+        requests.admit_request(request([5], **params), config)
 
 
 def test_a_request_may_set_its_alpha_where_the_server_takes_it(config):
     for processor in (requests.PROCESSOR, type("RequestAlpha", (), {})):
         config.model_config.logits_processors = [processor]
-        requests.check_request(request([VOCAB] * 3 + [5], extra_args={"acd_alpha": 0.2}), config)
+        requests.admit_request(request([5], extra_args={"acd_alpha": 0.2}), config)
         for wrong in (-0.1, "0.5", float("nan"), True, None):
             with pytest.raises(ValidationError, match="acd_alpha must be"):
-                requests.check_request(request([VOCAB] * 3 + [5], extra_args={"acd_alpha": wrong}), config)
+                requests.admit_request(request([5], extra_args={"acd_alpha": wrong}), config)
 
 
 @pytest.mark.parametrize(
@@ -417,19 +447,22 @@ def test_a_request_may_set_its_alpha_where_the_server_takes_it(config):
 def test_what_the_second_runner_does_without_a_bound_is_refused(config, params):
     config.use_v2_model_runner = True
     with pytest.raises(ValidationError, match="V1 model runner"):
-        requests.check_request(request([VOCAB] * 3 + [5], **params), config)
+        requests.admit_request(request([5], **params), config)
     config.model_config.get_vocab_size = lambda: VOCAB + 1
-    requests.check_request(request([VOCAB] * 3 + [5], **params), config)
+    requests.admit_request(request([5], **params), config)
 
 
 def test_requests_of_other_models_pass(config):
     config.model_config.architecture = "LlamaForCausalLM"
-    requests.check_request(request([5], prompt_logprobs=1, extra_args={"acd_alpha": "x"}), config)
+    others = request([5], prompt_logprobs=1, extra_args={"acd_alpha": "x"})
+    requests.admit_request(others, config)
+    requests.check_request(others, config)
+    assert others.prompt_token_ids == [5]
 
 
 def test_an_entry_of_another_version_is_refused(config):
-    config.model_config.hf_config.acd["format_version"] = 2
-    with pytest.raises(ValueError, match=r"format_version 1 \(found 2\)"):
+    config.model_config.hf_config.acd["format_version"] = 1
+    with pytest.raises(ValueError, match=r"format_version 2 \(found 1\): export the model again"):
         ExportedPair.of(config.model_config)
     del config.model_config.hf_config.acd
     with pytest.raises(ValueError, match="export the model again"):

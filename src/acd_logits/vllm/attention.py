@@ -1,9 +1,9 @@
 """Attention for both streams: each layer of the stock model gets a twin with a KV cache of its own.
 
-Inside the model every tensor has 2N rows, N tokens of the safeguarding stream and then the same N of the adversarial
-one. All layers work on rows and need not know; only attention looks from one token at others. `PairedAttention` gives
-the first N rows to the stock layer and the last N to its twin. To vLLM the twin is one more attention layer of the
-model: it allots cache for it, and hands both layers the same N tokens' metadata, block tables and slots.
+All other layers work on rows and need not know that some rows are of the safeguarding stream and some of the
+adversarial one; only attention looks from one token at others. To vLLM the twin is one more attention layer of the
+model: it allots cache for it, and hands both layers the same tokens' metadata, block tables and slots. Which rows go
+to which layer depends on the kind of prompts: see `embedding` and `key_value`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
@@ -24,50 +23,21 @@ if TYPE_CHECKING:
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
-class PairedAttention(Attention):
-    """A stock attention layer and its twin. A layer becomes one by a change of class: its parameters' names stay."""
-
-    adversarial: Attention
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output_shape: torch.Size | None = None,
-        output_dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """Attend in each stream by itself.
-
-        Args:
-            query: `[2N, heads * head_size]`, or with heads and head size apart; S rows first.
-            key: `[2N, kv_heads * head_size]`, likewise.
-            value: `[2N, kv_heads * head_size]`, likewise.
-            output_shape: of the output, 2N first; default: that of the stock layer.
-            output_dtype: of the output; default: that of the query.
-
-        Returns:
-            `[2N, heads * head_size]`.
-        """
-        n = query.shape[0] // 2
-        half = None if output_shape is None else torch.Size((n, *output_shape[1:]))
-        safe = super().forward(query[:n], key[:n], value[:n], half, output_dtype)
-        adversarial = self.adversarial(query[n:], key[n:], value[n:], half, output_dtype)
-        return torch.cat([safe, adversarial])
-
-
 @contextlib.contextmanager
-def paired_attention(vllm_config: Any) -> Iterator[None]:
-    """Pair every attention layer that is built inside the block.
+def twin_layers(vllm_config: Any) -> Iterator[list[Any]]:
+    """Give every attention layer that is built inside the block a twin, as its submodule `adversarial`.
+
+    Yields:
+        A list that holds the layers, in the order in which they were built, once the block has ended.
 
     Raises:
         ValueError: for a layer that carries something from token to token in another way, or keeps a cache that
             cannot be doubled.
     """
     layers = vllm_config.compilation_config.static_forward_context
-    before = set(layers)
+    before, twinned = set(layers), list[Any]()
     with _recorded_arguments() as arguments:
-        yield
+        yield twinned
     # vLLM lists mixture-of-experts layers here too, which work row by row
     built = {
         name: layer for name, layer in layers.items() if name not in before and isinstance(layer, AttentionLayerBase)
@@ -76,9 +46,8 @@ def paired_attention(vllm_config: Any) -> Iterator[None]:
         raise ValueError("ACD on vLLM does not support this model: it has no attention layers that vLLM knows of.")
     for name, layer in built.items():
         _check_layer(name, layer)
-        twin = Attention(**arguments[layer] | {"prefix": f"{name}.adversarial"})
-        layer.__class__ = PairedAttention
-        layer.adversarial = twin
+        layer.adversarial = Attention(**arguments[layer] | {"prefix": f"{name}.adversarial"})
+        twinned.append(layer)
 
 
 def _check_layer(name: str, layer: Any) -> None:
@@ -92,7 +61,12 @@ def _check_layer(name: str, layer: Any) -> None:
         reason = f"a KV cache of type {layer.kv_cache_dtype}"
     else:
         return
-    raise ValueError(f"ACD on vLLM does not support this model: {name} is, or has, {reason}.")
+    raise unsupported(name, reason)
+
+
+def unsupported(name: str, reason: str) -> ValueError:
+    """The error for a layer that a model of ACD cannot have."""
+    return ValueError(f"ACD on vLLM does not support this model: {name} is, or has, {reason}.")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -13,25 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
-from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ..pairs.key_values import check_shareable, prompt_key_values
 from ..pairs.prompt_pair import PromptPair
 from ..ranges import check_alpha, check_beta
-from .exported import PLACEHOLDER, PREFIX, TENSORS, TENSORS_NAME, ExportedPair
+from .exported import PREFIX, TENSORS, TENSORS_NAME, ExportedPair
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-_PROBES = 16  # tokens whose embeddings vLLM compares
-
-# A post-processor that adds nothing
-_TEXT = [{"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1))]
-_PLAIN = {"type": "TemplateProcessing", "single": _TEXT[:1], "pair": _TEXT, "special_tokens": {}}
+_PROBES = 16  # tokens whose embeddings, or keys and values, vLLM compares
+_PROBE_POSITION = 100  # far enough for rotary frequencies to show
 
 
 def export(
@@ -60,8 +58,6 @@ def export(
     target = Path(output_dir)
     if target.exists():
         raise ValueError(f"{target} exists: choose a new folder.")
-    if pair is not None and pair.config.prompt_type != "embedding":
-        raise ValueError("vLLM serves embedding prompts so far: export a pair of those, or decode with transformers.")
     base = _base_folder(model_name_or_path)
     config = _checked_config(base)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
@@ -69,31 +65,35 @@ def export(
     pair = _text_pair(model, tokenizer) if pair is None else pair
     pair.check(model)
     n = _common_length(pair)
-    if pair.config.share_instruction_kv:
+    prompt_type = pair.config.prompt_type
+    if prompt_type == "key_value":
+        check_shareable(model, key_value=True)
+    elif pair.config.share_instruction_kv:
         logger.warning(
-            "This prompt pair was trained with share_instruction_kv, and vLLM serves it without: measure it there."
+            "This embedding pair was trained with share_instruction_kv, and vLLM serves it without: measure it there."
         )
+    placeholder_id = _free_token(tokenizer, model.config.get_text_config().vocab_size)
 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        _link_weights(base, temporary)
+        _link_weights(base, temporary, TENSORS[prompt_type])
         _write_tensors(temporary / TENSORS_NAME, pair, model)
-        placeholder_id = _write_tokenizer(temporary, tokenizer, n, model.config.get_text_config().vocab_size)
+        tokenizer.save_pretrained(temporary)
         config["architectures"] = [PREFIX + config["architectures"][0]]
         config["acd"] = dataclasses.asdict(
             ExportedPair(
+                prompt_type=prompt_type,
                 alpha=float(check_alpha(pair.alpha if alpha is None else alpha)),
                 beta=check_beta(pair.beta if beta is None else beta),
                 num_virtual_tokens=n,
-                hidden_size=pair.safeguarding.shape[1],
+                hidden_size=model.get_input_embeddings().embedding_dim,
                 placeholder_id=placeholder_id,
             )
         )
         _write_json(temporary / _CONFIG, config)
         if (base / "generation_config.json").is_file():
             shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
-        _check_tokenizer(tokenizer, temporary, [placeholder_id] * n)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,7 +129,7 @@ def _checked_config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _link_weights(base: Path, folder: Path) -> None:
+def _link_weights(base: Path, folder: Path, tensors: Iterable[str]) -> None:
     """Put the base model's safetensors files into the folder, without copying where the file system allows it.
 
     Where there are several, vLLM reads those of the index, which then has to list the pair's file too.
@@ -137,7 +137,7 @@ def _link_weights(base: Path, folder: Path) -> None:
     if (base / _INDEX).is_file():
         index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
-        index["weight_map"] |= dict.fromkeys(TENSORS, TENSORS_NAME)
+        index["weight_map"] |= dict.fromkeys(tensors, TENSORS_NAME)
         _write_json(folder / _INDEX, index)
     else:
         names = [_SINGLE]
@@ -182,91 +182,27 @@ def _write_tensors(path: Path, pair: PromptPair, model: PreTrainedModel) -> None
     embedding = model.get_input_embeddings()
     last = min(embedding.num_embeddings, model.config.get_text_config().vocab_size) - 1
     ids = torch.linspace(0, last, _PROBES, device=model.device).long().unique()
-    tensors = (pair.safeguarding.float(), pair.adversarial.float(), ids, embedding(ids).float())
-    contents = {name: tensor.cpu().contiguous() for name, tensor in zip(TENSORS, tensors, strict=True)}
+    made = [embedding(ids)]
+    if pair.config.prompt_type == "key_value":
+        keys, values = prompt_key_values(model, made[0][None], _PROBE_POSITION)[0]  # type: ignore[misc]
+        positions = torch.arange(_PROBE_POSITION, _PROBE_POSITION + len(ids))
+        made = [positions, torch.stack([keys[0], values[0]]).permute(2, 0, 1, 3)]
+    tensors = (pair.safeguarding.float(), pair.adversarial.float(), ids, *made)
+    contents = {
+        name: tensor.cpu().contiguous() for name, tensor in zip(TENSORS[pair.config.prompt_type], tensors, strict=True)
+    }
     save_file(contents, path, metadata={"format": "pt"})
 
 
 # ----- the tokenizer -----
 
 
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, n: int, vocab_size: int) -> int:
-    """Save a tokenizer that puts n placeholders in front, with the chat template and without; return their id."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"vLLM's plugin needs a tokenizer.json, which {type(tokenizer).__name__} does not make.")
-    if PLACEHOLDER in tokenizer.get_vocab():
-        raise ValueError(f"this tokenizer knows {PLACEHOLDER} already, which must be the prompt pair's alone.")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens([AddedToken(PLACEHOLDER, special=True, normalized=False)], special_tokens=True)
-    placeholder_id = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
-    if placeholder_id > vocab_size:
+def _free_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """An id that no text becomes, for the placeholders."""
+    free = max(tokenizer.get_vocab().values()) + 1
+    if free > vocab_size:
         raise ValueError(f"this tokenizer has more tokens than the model, which knows {vocab_size}.")
-    tokenizer.chat_template = _with_placeholders(tokenizer.chat_template, n)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend |= {"truncation": None, "padding": None}
-    backend["post_processor"] = _placeholders_first(backend["post_processor"], placeholder_id, n)
-
-    tokenizer.save_pretrained(folder)
-    _write_json(folder / "tokenizer.json", backend)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    # Model-specific classes, and these settings, would put a post-processor of their own in place of the file's
-    for name in ("add_bos_token", "add_eos_token", "auto_map"):
-        settings.pop(name, None)
-    _write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "TokenizersBackend"})
-    return placeholder_id
-
-
-def _with_placeholders(template: Any, n: int) -> Any:
-    """The chat template, or each of several, behind n placeholders."""
-    if isinstance(template, dict):
-        return {name: _with_placeholders(text, n) for name, text in template.items()}
-    return template and f"{{{{ '{PLACEHOLDER}' * {n} }}}}{template}"
-
-
-def _placeholders_first(processor: dict[str, Any] | None, placeholder_id: int, n: int) -> dict[str, Any]:
-    """The post-processor of a `tokenizer.json`, with n placeholders as the first of the special tokens it adds."""
-    steps: list[dict[str, Any]]
-    steps = processor["processors"] if processor and processor["type"] == "Sequence" else [processor or _PLAIN]
-    kinds = [step["type"] for step in steps]
-    if not set(kinds) <= {"ByteLevel", "TemplateProcessing"} or kinds.count("TemplateProcessing") > 1:
-        raise ValueError(f"this tokenizer adds special tokens in a way ACD does not know ({', '.join(kinds)}).")
-    if "TemplateProcessing" not in kinds:
-        steps = [*steps, _PLAIN]
-
-    piece = {"SpecialToken": {"id": PLACEHOLDER, "type_id": 0}}
-    special = {"id": PLACEHOLDER, "ids": [placeholder_id] * n, "tokens": [PLACEHOLDER] * n}
-
-    def edit(step: dict[str, Any]) -> dict[str, Any]:
-        if step["type"] != "TemplateProcessing":
-            return step
-        templates = {name: [piece, *step[name]] for name in ("single", "pair")}
-        return step | templates | {"special_tokens": step["special_tokens"] | {PLACEHOLDER: special}}
-
-    return {"type": "Sequence", "processors": [edit(step) for step in steps]}
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, placeholders: list[int]) -> None:
-    """See that the written tokenizer does what the base model's does, behind the placeholders."""
-    written = AutoTokenizer.from_pretrained(folder)
-    texts = ["Hello, world!", " 1 2\n\nthree", ""]
-    same = all(
-        _ids(written, text, special) == (placeholders if special else []) + _ids(tokenizer, text, special)
-        for text in texts
-        for special in (True, False)
-    )
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "Hello, world!"}]
-        ids, expected = (
-            _ids(t, t.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), False)
-            for t in (written, tokenizer)
-        )
-        same = same and ids == placeholders + expected
-    if not same:
-        raise ValueError("this tokenizer reads text differently with placeholders in front: ACD cannot export it.")
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return free
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

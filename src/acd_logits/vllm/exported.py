@@ -1,17 +1,14 @@
 """The folder that `acd-logits export-vllm` writes and vLLM serves.
 
     config.json       the base model's, with `architectures: ["ACD<Arch>"]` and an `acd` entry, `ExportedPair` below
-    acd.safetensors   acd.safeguarding, acd.adversarial    SP and AP, [n, hidden_size]
-                      acd.probe_ids, acd.probe_embeddings  some token ids [k] and what the base model's embedding layer
-                                                           makes of them, [k, hidden_size]
+    acd.safetensors   the prompts and what vLLM is compared with, `TENSORS` below
     *.safetensors     the base model's weights, linked
-    tokenizer files   the base model's, putting n placeholder tokens in front of every prompt, with the chat template
-                      and without
+    tokenizer files   the base model's
 
-The placeholders hold the place of SP in one stream and of AP in the other, so that vLLM's positions, cache slots and
-prefix hashes count the soft prompt. The placeholder is a token of its own: text that spells it gives a second
-placeholder, which the checks on requests notice. It is at most the first id behind the model's vocabulary, where vLLM
-keeps its padding value, so penalties pass over it.
+The plugin puts n placeholder tokens into every prompt, for which vLLM's positions, cache slots and prefix hashes then
+count the soft prompts (where: `requests`). The placeholder is a token that the tokenizer does not know, so no text
+spells it. It is at most the first id behind the model's vocabulary, where vLLM keeps its padding value, so penalties
+pass over it.
 """
 
 from __future__ import annotations
@@ -25,12 +22,17 @@ if TYPE_CHECKING:
     from ..pairs.prompt_pair import PromptPair
 
 PREFIX = "ACD"
-PLACEHOLDER = "<|acd|>"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 TENSORS_NAME = "acd.safetensors"
 TENSOR_PREFIX = "acd."
-TENSORS = tuple(TENSOR_PREFIX + name for name in ("safeguarding", "adversarial", "probe_ids", "probe_embeddings"))
+# SP and AP, and what the base model makes of some token ids `[k]`: in the embedding layer, `[k, hidden_size]`, or, at
+# some positions `[k]`, as keys and values of the first layer, `[k, 2, kv_heads, head_dim]`
+_PROMPTS, _IDS = ("acd.safeguarding", "acd.adversarial"), "acd.probe_ids"
+TENSORS = {
+    "embedding": (*_PROMPTS, _IDS, "acd.probe_embeddings"),
+    "key_value": (*_PROMPTS, _IDS, "acd.probe_positions", "acd.probe_key_values"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +41,16 @@ class ExportedPair:
 
     Args:
         format_version: version of this layout.
+        prompt_type: "embedding" or "key_value".
         alpha: strength of the contrast, eq. 5.
         beta: keep tokens with `P_S >= beta * max P_S`.
         num_virtual_tokens: length n of both soft prompts.
-        hidden_size: their width.
-        placeholder_id: the token that stands n times in front of every prompt.
+        hidden_size: the model's width.
+        placeholder_id: the token that stands n times in every prompt.
     """
 
     format_version: int = FORMAT_VERSION
+    prompt_type: str = "embedding"
     alpha: float
     beta: float
     num_virtual_tokens: int
@@ -90,5 +94,5 @@ def read_pair(folder: Path) -> PromptPair:
 
     entry = json.loads((folder / "config.json").read_text(encoding="utf-8"))["acd"]
     tensors = load_file(folder / TENSORS_NAME)
-    config = PairConfig(alpha=entry["alpha"], beta=entry["beta"])
-    return PromptPair(tensors[TENSORS[0]], tensors[TENSORS[1]], config)
+    config = PairConfig(prompt_type=entry["prompt_type"], alpha=entry["alpha"], beta=entry["beta"])
+    return PromptPair(tensors[_PROMPTS[0]], tensors[_PROMPTS[1]], config)

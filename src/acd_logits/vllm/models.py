@@ -1,18 +1,16 @@
 """The models `ACD<Arch>`: stock vLLM models that run both streams of ACD in one forward and decode by eq. 5.
 
-To the engine nothing is special: one request, one sequence of tokens, one row of logits. A prompt is [placeholders; x]
-with n placeholders. In the forward
+To the engine nothing is special: one request, one sequence of tokens, one row of logits. Among a request's tokens are
+n placeholders for the prompt pair. In the forward
 
-1. N tokens are embedded, and become 2N rows: [SP; x] and [AP; x], each with the positions 0, 1, 2, ...
-2. the stock model runs on the 2N rows, with a KV cache for each stream (see `attention`);
+1. N tokens become up to 2N rows, some of the safeguarding stream and some of the adversarial one (how: `embedding` for
+   embedding prompts, `key_value` for key-value prompts);
+2. the stock model runs on these rows, with a KV cache for each stream (see `attention`);
 3. the two streams' hidden states leave side by side, [N, 2 * hidden_size], since the engine picks rows by token.
 
 `compute_logits` takes such rows apart again and contrasts. Batching, chunked prefill, prefix caching, preemption,
-and tensor parallelism work on tokens and rows, and so go on as before. CUDA graphs should, too: the buffers below
-are for them, but no GPU has run this yet.
-
-Which rows are soft prompt is told by position, not by token: a prompt that slipped past the checks on requests would
-lose its first n tokens to the soft prompts, but never the contrast.
+and tensor parallelism work on tokens and rows, and so go on as before. CUDA graphs should, too, but no GPU has run
+this yet.
 """
 
 from __future__ import annotations
@@ -22,11 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import ModelRegistry
-from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.config import set_current_vllm_config
+from vllm.forward_context import (
+    create_forward_context,
+    get_forward_context,
+    is_forward_context_available,
+    override_forward_context,
+)
 
 from ..decoding.contrast import coefficient_sum, contrast
-from .attention import paired_attention
+from .attention import twin_layers
+from .embedding import EmbeddingStreams
 from .exported import PREFIX, TENSOR_PREFIX, TENSORS, ExportedPair
+from .key_value import KeyValueStreams
 from .sampling import strengths
 
 if TYPE_CHECKING:
@@ -47,22 +53,15 @@ class ACDMixin(_Stock):
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         pair = ExportedPair.of(vllm_config.model_config)
         assert pair is not None  # or vLLM would have chosen another class
-        with paired_attention(vllm_config):
+        with twin_layers(vllm_config) as layers:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         if not getattr(self, "do_not_compile", True):
             raise ValueError(f"ACD on vLLM does not support {type(self).__name__}: vLLM compiles all of it at once.")
         self.acd_pair = pair
-        self.acd_compilation = vllm_config.compilation_config
-        self.acd_last_token = vllm_config.model_config.get_vocab_size() - 1
+        self.acd_config = vllm_config
         self.acd_loaded = False
-        width, rows = pair.hidden_size, 2 * vllm_config.scheduler_config.max_num_batched_tokens
-        for name, buffer in {
-            "acd_prompts": torch.zeros(2, pair.num_virtual_tokens, width),
-            # CUDA graphs of pieces of the model read their input where it was at capture
-            "acd_embeds": torch.zeros(rows, width),
-            "acd_positions": torch.zeros(rows, dtype=torch.long),
-        }.items():
-            self.register_buffer(name, buffer, persistent=False)
+        streams = EmbeddingStreams if pair.prompt_type == "embedding" else KeyValueStreams
+        self.acd_streams = streams(vllm_config, pair, layers)
 
     def forward(
         self,
@@ -90,24 +89,12 @@ class ACDMixin(_Stock):
             raise RuntimeError("the prompt pair was not loaded: load the exported folder's safetensors files.")
         if input_ids is None or inputs_embeds is not None or positions.ndim != 1:
             raise ValueError("ACD on vLLM needs token ids, and one position for each.")
-        embeds, positions = self._both_streams(input_ids, positions)
-        with _twice_the_tokens(self.acd_compilation):
+        embeds, positions = self.acd_streams.enter(self.embed_input_ids, input_ids, positions)
+        with _twice_the_tokens(self.acd_config.compilation_config):
             hidden = super().forward(
                 input_ids=None, positions=positions, intermediate_tensors=None, inputs_embeds=embeds
             )
-        return torch.cat(hidden.chunk(2), dim=-1)
-
-    def _both_streams(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings `[2N, hidden_size]` and positions `[2N]`, S rows first, with the soft prompts in place."""
-        n, tokens = self.acd_pair.num_virtual_tokens, len(ids)
-        # The placeholder may lie behind the vocabulary, and what it embeds to is overwritten
-        x = self.embed_input_ids(ids.clamp(max=self.acd_last_token))
-        soft = self.acd_prompts[:, positions.clamp(max=n - 1)]
-        embeds = self.acd_embeds[: 2 * tokens]
-        embeds.view(2, tokens, -1).copy_(torch.where((positions < n)[:, None], soft, x))
-        doubled = self.acd_positions[: 2 * tokens]
-        doubled.view(2, tokens).copy_(positions)
-        return embeds, doubled
+        return self.acd_streams.leave(hidden)
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """Eq. 5, with the strength of each request.
@@ -125,7 +112,7 @@ class ACDMixin(_Stock):
         if logits is None:
             return None
         safe, adversarial = logits.float().chunk(2)
-        strength = strengths(self.acd_compilation, self.acd_pair.alpha, len(safe))
+        strength = strengths(self.acd_config.compilation_config, self.acd_pair.alpha, len(safe))
         alpha = torch.tensor(strength, device=safe.device)[:, None] if isinstance(strength, list) else strength
         # Without a bound, a token at -inf in the adversarial stream alone would win by infinity
         scores = contrast(safe, adversarial.clamp(min=-IMPLAUSIBLE), alpha, self.acd_pair.beta)
@@ -162,47 +149,30 @@ class ACDMixin(_Stock):
 
         self.acd_loaded = False  # for good, if a reload fails
         loaded = super().load_weights(theirs())
-        self._load_prompts(ours)
-        return loaded
-
-    def _load_prompts(self, tensors: dict[str, torch.Tensor]) -> None:
-        missing = [name for name in TENSORS if name not in tensors]
+        missing = [name for name in TENSORS[self.acd_pair.prompt_type] if name not in ours]
         if missing:
             raise ValueError(f"{missing[0]} is not among the weights: export the model again.")
-        safe, adversarial, ids, expected = (tensors[name] for name in TENSORS)
-        buffer = self.acd_prompts
-        prompts = torch.stack([safe, adversarial]).to(device=buffer.device, dtype=torch.float32)
-        if prompts.shape != buffer.shape:
-            raise ValueError(f"the prompts are {list(prompts.shape)}, config.json says {list(buffer.shape)}.")
-        with torch.no_grad():
-            found = self.embed_input_ids(ids.to(buffer.device))
-            buffer.copy_(prompts * embedding_scale(found.float(), expected.to(found.device).float()))
+        self.acd_streams.load(self.embed_input_ids, ours)
         self.acd_loaded = True
+        return loaded
 
+    def process_weights_after_loading(self) -> None:
+        """Called by vLLM once all weights are in place: see that the prompt pair fits.
 
-def embedding_scale(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """How much larger vLLM's embeddings are than those the prompts belong to.
+        Raises:
+            ValueError: if it does not.
+        """
+        if hasattr(super(), "process_weights_after_loading"):
+            super().process_weights_after_loading()
+        self.acd_streams.check(self._try)
 
-    The prompts live in the space of the embedding layer's output in transformers. vLLM's port of a model may scale
-    embeddings in the layer where transformers does it behind, or the other way round; a constant makes up for that.
-
-    Args:
-        found: `[k, hidden_size]`, what vLLM makes of some tokens.
-        expected: `[k, hidden_size]`, what transformers makes of them.
-
-    Returns:
-        The constant; 1.0 where there is no difference but rounding.
-
-    Raises:
-        ValueError: if the two differ by more than a constant.
-    """
-    scale = float((found * expected).sum() / (expected * expected).sum())
-    error = float((found - scale * expected).norm() / found.norm())
-    if not error < 0.02:  # bf16 rounds by 0.4 %
-        raise ValueError(
-            "ACD on vLLM does not support this model: vLLM's embeddings are not those of the model that was exported."
-        )
-    return 1.0 if abs(scale - 1) < 0.02 else scale
+    @torch.no_grad()
+    def _try(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Run the stock model on a few tokens, without a cache."""
+        context = create_forward_context(None, self.acd_config, skip_compiled=True)
+        with override_forward_context(context), set_current_vllm_config(self.acd_config):
+            embeds = self.embed_input_ids(ids)
+            super().forward(input_ids=None, positions=positions, intermediate_tensors=None, inputs_embeds=embeds)
 
 
 @contextlib.contextmanager

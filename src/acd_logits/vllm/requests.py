@@ -1,11 +1,12 @@
-"""Which requests an ACD model answers, checked where they enter vLLM and again where they enter its engine.
+"""The placeholders of the prompt pair in every request, and which requests an ACD model answers.
 
-A prompt must begin with the n placeholders and hold no other. The tokenizer of an exported folder sees to that, so
-what is refused here went around it: token ids or a chat template of the client's own, `add_special_tokens` turned
-round, truncation from the left, a message that spells the placeholder.
+n placeholders enter a prompt of token ids x where it enters vLLM, behind tokenizer and chat template:
 
-The engine is checked as well since requests can reach it past the API (`AsyncLLM.add_request` takes finished ones). An
-error there is the request's own: its client gets `finish_reason: "error"`, and the engine goes on.
+    embedding prompts    [placeholders | x]
+    key-value prompts    [x without its last token | placeholders | last token of x]
+
+The engine checks that they are there, since requests can reach it past the API (`AsyncLLM.add_request` takes finished
+ones). An error there is the request's own: its client gets `finish_reason: "error"`, and the engine goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PROCESSOR = "acd_logits.vllm:RequestAlpha"
 
 
 def install_checks() -> None:
-    """Wrap vLLM's two entries for requests; a second call changes nothing.
+    """Wrap vLLM's entries for requests; a second call changes nothing.
 
     Raises:
         AttributeError, ImportError: this vLLM has other entries.
@@ -29,59 +30,113 @@ def install_checks() -> None:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
-    for owner, name in ((InputProcessor, "process_inputs"), (EngineCore, "preprocess_add_request")):
-        if not hasattr(getattr(owner, name), "_acd"):
-            setattr(owner, name, _checked(getattr(owner, name), returns_request=owner is InputProcessor))
+    _wrap(InputProcessor, "process_inputs", _admit)
+    _wrap(InputProcessor, "resolve_watermarking", _check_beams)  # the one method that beam search calls once
+    _wrap(EngineCore, "preprocess_add_request", _check_placeholders)
 
 
-def _checked(method: Any, returns_request: bool) -> Any:
+def _wrap(owner: Any, name: str, around: Any) -> None:
+    """Replace a method by `around(method, self, *args, **kwargs)`."""
+    method = getattr(owner, name)
+    if hasattr(method, "_acd"):
+        return
+
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if returns_request:
-            request = method(self, *args, **kwargs)
-            check_request(request, self.vllm_config)
-            return request
-        check_request(kwargs["request"] if "request" in kwargs else args[0], self.vllm_config)
-        return method(self, *args, **kwargs)
+        return around(method, self, *args, **kwargs)
 
     wrapper._acd = True  # type: ignore[attr-defined]
-    return wrapper
+    setattr(owner, name, wrapper)
 
 
-def check_request(request: Any, vllm_config: Any) -> None:
-    """Refuse what an ACD model cannot answer with the contrast; let the requests of any other model pass.
+def _admit(method: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make a request of an API call, and put the placeholders into it."""
+    request = method(processor, *args, **kwargs)
+    admit_request(request, processor.vllm_config)
+    return request
+
+
+def _check_placeholders(method: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    check_request(kwargs["request"] if "request" in kwargs else args[0], engine.vllm_config)
+    return method(engine, *args, **kwargs)
+
+
+def _check_beams(method: Any, processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    pair = ExportedPair.of(processor.vllm_config.model_config)
+    if pair is not None and pair.prompt_type == "key_value" and hasattr(params, "beam_width"):
+        # Each step would be a request of its own, whose prompt, with all but its last token, does not see the prompts
+        raise _refusal("key-value prompts cannot be decoded by vLLM's beam search")
+    return method(processor, params, *args, **kwargs)
+
+
+def admit_request(request: Any, vllm_config: Any) -> None:
+    """Put the placeholders into a request for an ACD model; let the requests for any other model pass.
 
     Args:
-        request: vLLM's `EngineCoreRequest`.
+        request: vLLM's `EngineCoreRequest`; changed.
         vllm_config: of the engine it is meant for.
 
     Raises:
-        VLLMValidationError: with one sentence; the API answers 400.
+        VLLMValidationError: the model cannot answer it with the contrast. The API answers 400.
     """
     pair = ExportedPair.of(vllm_config.model_config)
     if pair is None:
         return
-    reason = _prompt_fault(request, pair) or _sampling_fault(request.sampling_params, vllm_config, pair)
+    reason = _prompt_fault(request) or _sampling_fault(request.sampling_params, vllm_config, pair)
+    ids, n, room = request.prompt_token_ids or [], pair.num_virtual_tokens, vllm_config.model_config.max_model_len
+    if not reason and pair.placeholder_id in ids:
+        reason = "its prompt holds the placeholder token of the prompt pair"
+    if not reason and len(ids) + n >= room:
+        reason = (
+            f"its prompt of {len(ids)} tokens and the prompt pair's {n} leave no room for an answer within the "
+            f"maximum length of {room}"
+        )
     if reason:
-        from vllm.exceptions import VLLMValidationError
+        raise _refusal(reason)
+    place = _place(len(ids), pair)
+    request.prompt_token_ids = [*ids[:place], *[pair.placeholder_id] * n, *ids[place:]]
 
-        raise VLLMValidationError(f"ACD refuses this request: {reason}.")
+
+def check_request(request: Any, vllm_config: Any) -> None:
+    """Refuse what reaches the engine of an ACD model and cannot be answered with the contrast.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`.
+        vllm_config: of the engine.
+
+    Raises:
+        VLLMValidationError: with one sentence.
+    """
+    pair = ExportedPair.of(vllm_config.model_config)
+    if pair is None:
+        return
+    reason = _prompt_fault(request) or _sampling_fault(request.sampling_params, vllm_config, pair)
+    ids, n = list(request.prompt_token_ids or []), pair.num_virtual_tokens
+    place = _place(len(ids) - n, pair)
+    placeholders = [i for i, token in enumerate(ids) if token == pair.placeholder_id]
+    if not reason and (len(ids) <= n or placeholders != list(range(place, place + n))):
+        reason = f"its prompt does not hold the {n} placeholder tokens that stand for the prompt pair in their place"
+    if reason:
+        raise _refusal(reason)
 
 
-def _prompt_fault(request: Any, pair: ExportedPair) -> str | None:
-    ids, n = request.prompt_token_ids, pair.num_virtual_tokens
-    if ids is None or request.prompt_embeds is not None:
+def _refusal(reason: str) -> Exception:
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(f"ACD refuses this request: {reason}.")
+
+
+def _place(length: int, pair: ExportedPair) -> int:
+    """In front of which of a prompt's tokens the placeholders stand."""
+    return 0 if pair.prompt_type == "embedding" else length - 1
+
+
+def _prompt_fault(request: Any) -> str | None:
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "it brings embeddings, and the contrast needs a prompt of tokens"
     if request.resumable:
         return "it streams its input, and the contrast needs the whole prompt"
-    if list(ids[:n]) != [pair.placeholder_id] * n:
-        return (
-            f"its prompt does not begin with the {n} placeholder tokens that stand for the prompt pair: the model's "
-            "own chat template puts them there, and without a template add_special_tokens does"
-        )
-    if pair.placeholder_id in ids[n:]:
-        return "its prompt holds placeholder tokens of the prompt pair behind the first ones"
-    return "its prompt is empty" if len(ids) == n else None
+    return None if request.prompt_token_ids else "its prompt is empty"
 
 
 def _sampling_fault(params: Any, vllm_config: Any, pair: ExportedPair) -> str | None:
