@@ -125,8 +125,8 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Builds each tiny model once."""
-    root = tmp_path_factory.mktemp("vllm")
-    return functools.cache(lambda name="llama", kind=EMBEDDING: Tiny(root, name, kind))
+    build = functools.cache(functools.partial(Tiny, tmp_path_factory.mktemp("vllm")))
+    return lambda name="llama", kind=EMBEDDING: build(name, kind)
 
 
 @contextlib.contextmanager

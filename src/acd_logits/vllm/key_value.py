@@ -175,9 +175,11 @@ class KeyValueStreams(torch.nn.Module):
         if backend.forward_includes_kv_cache_update:
             raise unsupported(layer.layer_name, f"the attention backend {backend.get_name()}: choose another one")
         layer.adversarial.attn_backend = _remembering(backend)
-        kind = type(layer.impl)
-        layer.impl.__class__ = type(f"Paired{kind.__name__}", (PairedImpl, kind), {})
-        layer.impl.streams, layer.impl.index = self, index
+        stock = type(layer.impl)
+        paired: Any = type(f"Paired{stock.__name__}", (PairedImpl, stock), {})
+        impl = paired.__new__(paired)
+        vars(impl).update(vars(layer.impl), streams=self, index=index)
+        layer.impl = impl
 
     # ----- a step -----
 
