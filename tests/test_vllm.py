@@ -33,6 +33,7 @@ from transformers import (
 from acd_logits import ACDLogitsProcessor, PromptPair, load_demo_model
 from acd_logits.demo_model import DEMO_PAIR, demo_model_path, resolve_pair_name
 from acd_logits.vllm.export import export
+from acd_logits.vllm.exported import read_pair
 from conftest import build_key_value_pair, build_pair, build_tokenizer
 from reference import ReferenceProcessor, SharedReference
 
@@ -539,21 +540,20 @@ class Demo:
 
 
 @contextlib.contextmanager
-def demo_server(folder, *arguments):
-    """The demo model with its pair on a server; exported to `folder`, or plain without one."""
-    pair = None
-    if folder:
-        pair = PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR))
-        export(demo_model_path(), folder, pair)
-    with server(folder or demo_model_path(), *arguments) as url:
-        yield Demo(url, pair)
+def demo_server(folder, pair, *arguments):
+    """The demo model on a server: with its own pair, with key-value prompts made of two texts, or plain."""
+    if pair == "own":
+        export(demo_model_path(), folder, PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)))
+    elif pair == "texts":
+        export(demo_model_path(), folder, prompt_type=KEY_VALUE)
+    with server(folder if pair else demo_model_path(), *arguments) as url:
+        yield Demo(url, read_pair(folder) if pair else None)
 
 
 # What is asked of ACD's server is asked of a plain one too: both behave alike, each against its own reference
-@pytest.fixture(scope="module", params=["acd", pytest.param("plain", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["own", "texts", pytest.param(None, marks=pytest.mark.long)])
 def demo(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "acd" if request.param == "acd" else None
-    with demo_server(folder, "--max-model-len", "1024") as demo:
+    with demo_server(tmp_path_factory.mktemp("demo") / "acd", request.param, "--max-model-len", "1024") as demo:
         yield demo
 
 
@@ -579,11 +579,12 @@ def test_the_demo_model_over_http(demo, count, length):
 
 @pytest.mark.real_model
 @pytest.mark.long
-def test_the_demo_model_in_a_tight_place(tmp_path):
+@pytest.mark.parametrize("pair", ["own", "texts"])
+def test_the_demo_model_in_a_tight_place(tmp_path, pair):
     """Prompts in chunks of 64 tokens, prefixes from the cache, and so few blocks that requests are preempted."""
     limits = {"max-model-len": 512, "max-num-batched-tokens": 64, "block-size": 32, "num-gpu-blocks-override": 40}
     arguments = [str(part) for name, value in limits.items() for part in (f"--{name}", value)]
-    with demo_server(tmp_path / "acd", *arguments, "--max-num-seqs", "16") as demo:
+    with demo_server(tmp_path / "acd", pair, *arguments, "--max-num-seqs", "16") as demo:
         assert_staggered_answers(demo, 32, 64)
         metrics = urllib.request.urlopen(f"{demo.url}/metrics", timeout=60).read().decode()
     for name in ("num_preemptions", "prefix_cache_hits"):

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..pairs.key_values import check_shareable, prompt_key_values
+from ..pairs.key_values import check_shareable, embeddings_to_key_values, prompt_key_values
 from ..pairs.prompt_pair import PromptPair
+from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 from ..ranges import check_alpha, check_beta
 from .exported import PREFIX, TENSORS, TENSORS_NAME, ExportedPair
 
@@ -37,17 +38,21 @@ def export(
     output_dir: str | os.PathLike[str],
     pair: PromptPair | None = None,
     *,
+    texts: tuple[str, str] = (SAFE_PROMPT, OPPOSITE_PROMPT),
+    prompt_type: str = "embedding",
     alpha: float | None = None,
     beta: float | None = None,
 ) -> None:
     """Write the folder. It appears in one step, or not at all.
 
-    The base model is loaded once, on the CPU, for its embeddings.
+    The base model is loaded once, on the CPU, for its embeddings, keys and values.
 
     Args:
         model_name_or_path: folder or Hub id of the base model.
         output_dir: the folder to write; must not exist.
-        pair: the prompt pair; default: the two manual texts, the shorter filled up in front with line breaks.
+        pair: the prompt pair; default: one made of texts, the shorter filled up in front with line breaks.
+        texts: what the safeguarding and the adversarial prompt say; without a pair.
+        prompt_type: what becomes of the texts, "embedding" or "key_value".
         alpha: strength of the contrast; default: the pair's.
         beta: plausibility threshold; default: the pair's.
 
@@ -62,7 +67,7 @@ def export(
     config = _checked_config(base)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype="auto").eval()
-    pair = _text_pair(model, tokenizer) if pair is None else pair
+    pair = _text_pair(model, tokenizer, texts, prompt_type) if pair is None else pair
     pair.check(model)
     n = _common_length(pair)
     prompt_type = pair.config.prompt_type
@@ -154,17 +159,22 @@ def _link_weights(base: Path, folder: Path, tensors: Iterable[str]) -> None:
 # ----- the pair -----
 
 
-def _text_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptPair:
-    """The two manual texts, as long as each other: vLLM keeps as many slots for one stream as for the other."""
-    pair = PromptPair.from_text(model, tokenizer)
+def _text_pair(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: tuple[str, str], prompt_type: str
+) -> PromptPair:
+    """The two texts, as long as each other: vLLM keeps as many slots for one stream as for the other."""
+    pair = PromptPair.from_text(model, tokenizer, *texts)
     line_break = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
     n = max(len(pair.safeguarding), len(pair.adversarial))
     if not line_break:
-        raise ValueError("this tokenizer has no line break to make the two manual texts equally long with.")
+        raise ValueError("this tokenizer has no line break to make the two texts equally long with.")
     with torch.no_grad():
         filler = model.get_input_embeddings()(torch.tensor(line_break, device=model.device))
     safe, adversarial = (torch.cat([filler.expand(n - len(p), -1), p]) for p in (pair.safeguarding, pair.adversarial))
-    return PromptPair(safe, adversarial, pair.config)
+    if prompt_type == "key_value":
+        safe, adversarial = (embeddings_to_key_values(model, prompt) for prompt in (safe, adversarial))
+    config = dataclasses.replace(pair.config, format_version=None, prompt_type=prompt_type, share_instruction_kv=None)
+    return PromptPair(safe, adversarial, config)
 
 
 def _common_length(pair: PromptPair) -> int:
