@@ -178,13 +178,13 @@ def assert_matches(llm, model, batch, count=9, **kwargs):
 
 
 @contextlib.contextmanager
-def server(folder, *arguments):
+def server(command, *arguments):
+    """A server on a free port; `command` starts it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", "acd", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    process = subprocess.Popen([*command, "--enforce-eager", *arguments], start_new_session=True)
+    line = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    process = subprocess.Popen(line, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
@@ -198,6 +198,10 @@ def server(folder, *arguments):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
+
+
+VLLM = ["vllm.entrypoints.openai.api_server"]
+SETTINGS = ["--served-model-name", "acd", "--dtype", "float32", "--enforce-eager"]
 
 
 def send(url, path, **body):
@@ -459,9 +463,12 @@ def test_embeddings_that_differ_by_more_than_a_constant_are_refused():
 
 
 @pytest.fixture(scope="module")
-def tiny_server(tiny):
+def tiny_server(tiny, tmp_path_factory):
     limits = ["--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
-    with server(tiny().folder, *limits) as url:
+    model, pair = tiny(), tmp_path_factory.mktemp("pair")
+    model.pair.save_pretrained(pair)
+    arguments = ["--model_name_or_path", str(model.base), "--pair", str(pair), "--", *SETTINGS, *limits]
+    with server(["acd_logits.cli", "serve"], *arguments) as url:
         yield url
 
 
@@ -546,7 +553,7 @@ def demo_server(folder, pair, *arguments):
         export(demo_model_path(), folder, PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)))
     elif pair == "texts":
         export(demo_model_path(), folder, prompt_type=KEY_VALUE)
-    with server(folder if pair else demo_model_path(), *arguments) as url:
+    with server(VLLM, "--model", str(folder if pair else demo_model_path()), *SETTINGS, *arguments) as url:
         yield Demo(url, read_pair(folder) if pair else None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import __version__
-from . import anchors, chat, evaluate, explain, export_vllm, generate, push, train
+from . import anchors, chat, evaluate, explain, export_vllm, generate, push, serve, train
 from .command import Command, CommandParser, run_command
 
 COMMANDS: dict[str, Command] = {
@@ -15,6 +15,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "push": push,
     "export-vllm": export_vllm,
+    "serve": serve,
 }
 
 
