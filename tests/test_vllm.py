@@ -378,6 +378,44 @@ def test_alpha_per_request(tiny):
     assert expected != [model.expected(ids, n) for ids, _, n in cases]
 
 
+def test_alpha_per_request_on_the_second_runner(tiny):
+    """By its interfaces alone: that runner needs a GPU."""
+    from vllm import EngineArgs
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.worker.gpu.sample import logits_processor as second
+
+    from acd_logits.vllm.models import ACDMixin
+
+    model, names = tiny(), ["acd_logits.vllm:RequestAlpha"]
+    config = EngineArgs(model=str(model.folder), dtype="float32", logits_processors=names).create_engine_config()
+    table = SimpleNamespace(device="cpu", max_num_reqs=4, vocab_size=VOCAB, all_token_ids=None)
+    table.prompt_len = table.prefill_len = table.total_len = None
+    (processor,) = second.build_custom_logits_processors(config, table, False, names)
+    for slot, alpha in ((2, 0.2), (3, 1.0), (3, None)):  # the second request takes the place of the first
+        assert processor.add_request(slot, greedy(extra_args=alpha and {"acd_alpha": alpha})) is False
+    with pytest.raises(VLLMValidationError, match="acd_alpha must be"):
+        second.build_custom_logits_processors_params_validator(names)(greedy(extra_args={"acd_alpha": -1}))
+
+    class Stock:
+        def compute_logits(self, hidden_states):
+            return hidden_states
+
+    class Model(ACDMixin, Stock):
+        def __init__(self):
+            self.acd_pair = SimpleNamespace(alpha=ALPHA, beta=0, placeholder_id=VOCAB)
+            self.acd_config = config
+
+    state = object.__new__(Model().get_model_state_cls())
+    state.vllm_config, state.rope_state = config, None
+    assert state.prepare_inputs(SimpleNamespace(expanded_idx_mapping=torch.tensor([3, 2])), None) == {}
+    safe, adversarial = torch.randn(2, 2, VOCAB, generator=torch.Generator().manual_seed(0))
+    strength = torch.tensor([[ALPHA], [0.2]])
+    torch.testing.assert_close(
+        Model().compute_logits(torch.cat([safe, adversarial], dim=-1)),
+        (safe - strength * adversarial) / (1 - strength),
+    )
+
+
 # ----- refusals -----
 
 

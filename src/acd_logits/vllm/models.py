@@ -33,7 +33,7 @@ from .attention import twin_layers
 from .embedding import EmbeddingStreams
 from .exported import PREFIX, TENSOR_PREFIX, TENSORS, ExportedPair
 from .key_value import KeyValueStreams
-from .sampling import strengths
+from .sampling import alpha_state, processor_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -112,14 +112,23 @@ class ACDMixin(_Stock):
         if logits is None:
             return None
         safe, adversarial = logits.float().chunk(2)
-        strength = strengths(self.acd_config.compilation_config, self.acd_pair.alpha, len(safe))
-        alpha = torch.tensor(strength, device=safe.device)[:, None] if isinstance(strength, list) else strength
+        processor = processor_of(self.acd_config)
+        strengths = processor.of_rows(len(safe), safe.device) if processor else None
+        alpha = self.acd_pair.alpha if strengths is None else strengths[:, None]
         # Without a bound, a token at -inf in the adversarial stream alone would win by infinity
         scores = contrast(safe, adversarial.clamp(min=-IMPLAUSIBLE), alpha, self.acd_pair.beta)
         implausible = scores.isneginf()
         implausible[:, self.acd_pair.placeholder_id :][:, :1] = True  # where the vocabulary has a row for it
         # The contrast divides by that: what a token without plausibility loses grows as much, to stay out of reach
         return torch.where(implausible, safe - IMPLAUSIBLE / coefficient_sum(alpha), scores)
+
+    def get_model_state_cls(self) -> type[Any]:
+        """Called by vLLM's V2 model runner alone: how it prepares a step of this model."""
+        if hasattr(super(), "get_model_state_cls"):
+            return alpha_state(super().get_model_state_cls())
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        return alpha_state(DefaultModelState)
 
     @property
     def compute_logits_local(self) -> Any:

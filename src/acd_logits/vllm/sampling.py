@@ -3,35 +3,53 @@
 Clients then pass `"vllm_xargs": {"acd_alpha": 0.3}`, and those that pass nothing get the exported strength. It is off
 unless asked for: with it, a client can weaken the safeguard of its own answers (0 is the safeguarding prompt alone).
 
-vLLM tells its logits processors which request has which row of the batch, before each forward. This one changes no
-logits; it keeps that list for the model, which contrasts with each row's strength in `compute_logits`.
+vLLM tells its logits processors about the requests of a batch. This one changes no logits; it keeps the strengths for
+the model, which contrasts with each row's in `compute_logits`. vLLM has two model runners, with an interface for
+processors each, and `RequestAlpha` has both: the first runner says which request has which row of the batch, and the
+second one which has which slot of a table, and, to the state of a model (`alpha_state`), which slot has which row.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+from vllm.v1.sample.logits_processor import LogitsProcessor as FirstProcessor
+from vllm.v1.sample.logits_processor import process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondProcessor
 
 from .exported import ExportedPair
 from .requests import ALPHA_ARGUMENT, alpha_fault
-
-if TYPE_CHECKING:
-    import torch
 
 # By the id of the engine's compilation config, the object that its runner, its model and its processors share
 _processors: weakref.WeakValueDictionary[int, RequestAlpha] = weakref.WeakValueDictionary()
 
 
-class RequestAlpha(LogitsProcessor):
-    """Reads `acd_alpha` of every request. vLLM builds one for each worker."""
+class RequestAlpha(FirstProcessor, SecondProcessor):
+    """Reads `acd_alpha` of every request. vLLM builds one for each worker.
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        if ExportedPair.of(vllm_config.model_config) is None:
+    Args:
+        vllm_config: of the engine.
+        runner: what the model runner hands over: a device and whether to pin memory, or its table of requests.
+
+    Raises:
+        ValueError: for a model that is not ours.
+    """
+
+    def __init__(self, vllm_config: Any, *runner: Any) -> None:
+        pair = ExportedPair.of(vllm_config.model_config)
+        if pair is None:
             raise ValueError("RequestAlpha needs a model that acd-logits exported.")
+        self.default = pair.alpha
         self.rows: dict[int, float] = {}
+        self.slots: torch.Tensor | None = None
+        self.slot_of_row: torch.Tensor | None = None
+        if len(runner) == 1:
+            (requests,) = runner
+            self.slots = torch.full((requests.max_num_reqs,), self.default, device=requests.device)
         _processors[id(vllm_config.compilation_config)] = self
 
     @classmethod
@@ -50,28 +68,49 @@ class RequestAlpha(LogitsProcessor):
         return True
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow requests that enter, leave or move in the batch."""
-        process_dict_updates(self.rows, batch_update, _alpha_of)
+        """Follow requests that enter, leave or move in the batch of the first runner."""
+        process_dict_updates(self.rows, batch_update, lambda params, *_: _alpha_of(params))
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Note the strength of a request that enters a slot of the second runner; it asks for no change of logits."""
+        assert self.slots is not None  # the second runner built this object
+        alpha = _alpha_of(sampling_params)
+        self.slots[req_idx] = self.default if alpha is None else alpha
+        return False
+
+    def apply(self, logits: torch.Tensor, *context: Any) -> torch.Tensor:
         """Return the logits as they are: `compute_logits` has contrasted them."""
         return logits
 
-
-def strengths(compilation_config: Any, default: float, rows: int) -> float | list[float]:
-    """The strength of every row of the batch, or one for all.
-
-    Args:
-        compilation_config: of the engine.
-        default: the exported strength.
-        rows: number of rows.
-    """
-    processor = _processors.get(id(compilation_config))
-    if processor is None or not processor.rows:
-        return default
-    return [processor.rows.get(row, default) for row in range(rows)]
+    def of_rows(self, rows: int, device: torch.device) -> torch.Tensor | None:
+        """The strength of every row of the batch, `[rows]`; `None`: the exported one for all."""
+        if self.slots is not None:
+            if self.slot_of_row is None or len(self.slot_of_row) != rows:  # a trial run, of no requests
+                return None
+            return self.slots[self.slot_of_row]
+        if not self.rows:
+            return None
+        return torch.tensor([self.rows.get(row, self.default) for row in range(rows)], device=device)
 
 
-def _alpha_of(params: Any, prompt: Any, output: Any) -> float | None:
+def processor_of(vllm_config: Any) -> RequestAlpha | None:
+    """The engine's processor for a strength per request; `None` on a server that was started without."""
+    return _processors.get(id(vllm_config.compilation_config))
+
+
+def _alpha_of(params: Any) -> float | None:
     alpha = (params.extra_args or {}).get(ALPHA_ARGUMENT)
     return None if alpha is None else float(alpha)
+
+
+@functools.cache
+def alpha_state(stock: Any) -> Any:
+    """The class by which the second runner prepares steps of a model, from vLLM's: it notes the slots of the rows."""
+
+    class AlphaState(stock):
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+            if processor := processor_of(self.vllm_config):
+                processor.slot_of_row = input_batch.expanded_idx_mapping
+            return super().prepare_inputs(input_batch, req_states)
+
+    return AlphaState
