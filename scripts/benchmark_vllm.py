@@ -10,11 +10,11 @@ Three arms answer the same chat prompts, greedily and without an end-of-sequence
 - `acd_transformers`: the base model with `ACDLogitsProcessor`, all prompts in one left-padded batch.
 
 They take turns in every repeat; an engine that waits uses no CPU. Each is measured with one prompt and one new token
-(time to the first token), with one prompt (latency) and with all of them at once (throughput, new tokens of all prompts
-over wall time). Figures are medians over the repeats, and
-ratios are formed within a repeat. vLLM's prefix caching is on, as by default, and no prompt comes twice: what it finds
-is what all requests begin with, the start of the chat template and, with the contrast, the soft prompts. `KV tokens`
-is how many tokens of requests fit into vLLM's cache, of which both engines get the same memory.
+(time to the first token), with one prompt (latency), and with all of them at once (throughput, new tokens of all
+prompts over wall time). Figures are medians over the repeats, and ratios are formed within a repeat. vLLM's prefix
+caching is on, as by default, and no prompt comes twice: what it finds is what all requests begin with, the start of the
+chat template and, with the contrast, embedding prompts. `KV tokens` is how many tokens of requests fit into vLLM's
+cache, of which both engines get the same memory.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def measure(arms: dict[str, Answer], tokenizer: Any, args: argparse.Namespace) -
 
 def table(times: Times, capacity: dict[str, int], args: argparse.Namespace) -> str:
     """The figures as Markdown."""
+    everything = f"tokens/s, {args.num_prompts} prompts"
     lines = [
-        f"| arm | first token, s | x vllm | one prompt, s | tokens/s, {args.num_prompts} prompts | x vllm | KV tokens |",
+        f"| arm | first token, s | x vllm | one prompt, s | {everything} | x vllm | KV tokens |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, runs in times.items():
