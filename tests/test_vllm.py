@@ -228,7 +228,9 @@ def test_chunked_prefill_and_prefix_cache(tiny, name, kind):
     model = tiny(name, kind)
     shared = prompts(1, longest=3)[0] * 50
     batch = [shared + ids for ids in prompts(4, longest=9, seed=5)]
-    with engine(model.folder, **CHUNKED) as llm:
+    # Fewer tokens a step than there are placeholders: some steps have no others
+    chunked = CHUNKED | ({"max_num_batched_tokens": N - 2} if kind == KEY_VALUE else {})
+    with engine(model.folder, **chunked) as llm:
         assert_matches(llm, model, prompts())
         assert_matches(llm, model, batch[:1])
         outputs = assert_matches(llm, model, batch)

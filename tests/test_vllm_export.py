@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertLMHeadModel
 import acd_logits.vllm
 from acd_logits import PromptPair
 from acd_logits.cli import main
+from acd_logits.pairs.key_values import embeddings_to_key_values
 from acd_logits.vllm import exported, requests, startup
 from acd_logits.vllm.export import export
 from acd_logits.vllm.exported import ExportedPair, read_pair
@@ -167,6 +168,12 @@ def test_the_texts_are_made_equally_long(base, tmp_path):
         assert torch.equal(written[: n - len(text)], line_break.expand(n - len(text), -1))
     assert len(texts.safeguarding) != len(texts.adversarial)
 
+    export(folder, tmp_path / "keys", prompt_type="key_value")
+    keys = load_file(tmp_path / "keys" / "acd.safetensors")
+    for stream in ("safeguarding", "adversarial"):
+        expected = embeddings_to_key_values(model, tensors[f"acd.{stream}"])
+        torch.testing.assert_close(keys[f"acd.{stream}"], expected)
+
 
 # ----- the tokenizer -----
 
@@ -277,6 +284,20 @@ def test_command(base, tmp_path, capsys):
 
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
     assert read(tmp_path / "out" / "config.json")["acd"]["alpha"] == 0.7
+
+
+def test_command_takes_two_texts_and_a_scale_of_guidance(base, tmp_path, capsys):
+    folder = base()
+    (tmp_path / "polite.txt").write_text("w5 w6 w7\n")
+    (tmp_path / "rude.txt").write_text("w8 w9 w10\n")
+    arguments = ["--model_name_or_path", str(folder), "--positive", str(tmp_path / "polite.txt")]
+    arguments += ["--negative", str(tmp_path / "rude.txt"), "--guidance_scale", "1.25", "--beta", "0"]
+    assert main(["export-vllm", *arguments, "--output_dir", str(tmp_path / "out")]) == 0
+
+    pair, weights = read_pair(tmp_path / "out"), build_model().get_input_embeddings().weight
+    assert (pair.alpha, pair.beta) == (pytest.approx(0.2), 0)  # S - 0.2 A over 0.8 is A + 1.25 (S - A)
+    assert torch.equal(pair.safeguarding[-3:], weights[5:8])
+    assert torch.equal(pair.adversarial[-3:], weights[8:11])
 
 
 def test_command_says_in_one_line_what_is_wrong(tmp_path, fails):
@@ -472,7 +493,7 @@ def test_an_entry_of_another_version_is_refused(config):
 def test_start_up_passes_and_marks_the_compile_cache(config):
     base = type("Stock", (), {"verify_and_update_config": staticmethod(lambda c: setattr(c, "stock", True))})
     startup.config_hook(base).verify_and_update_config(config)
-    assert config.stock and config.additional_config == {"acd_logits": acd_logits.__version__}
+    assert config.stock and config.additional_config == {"acd_logits": f"{acd_logits.__version__} embedding"}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def config_hook(base: Any) -> Any:
             check_config(vllm_config)
             # A compiled model is kept on disk under a hash of the configuration, this entry included
             if isinstance(vllm_config.additional_config, dict):
-                vllm_config.additional_config["acd_logits"] = __version__
+                kind = vllm_config.model_config.hf_config.acd["prompt_type"]
+                vllm_config.additional_config["acd_logits"] = f"{__version__} {kind}"
 
     return ACDConfig
 
