@@ -164,13 +164,15 @@ def _text_pair(
 ) -> PromptPair:
     """The two texts, as long as each other: vLLM keeps as many slots for one stream as for the other."""
     pair = PromptPair.from_text(model, tokenizer, *texts)
-    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
-    n = max(len(pair.safeguarding), len(pair.adversarial))
-    if not line_break:
-        raise ValueError("this tokenizer has no line break to make the two texts equally long with.")
-    with torch.no_grad():
-        filler = model.get_input_embeddings()(torch.tensor(line_break, device=model.device))
-    safe, adversarial = (torch.cat([filler.expand(n - len(p), -1), p]) for p in (pair.safeguarding, pair.adversarial))
+    safe, adversarial = pair.safeguarding, pair.adversarial
+    if len(safe) != len(adversarial):
+        line_break = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+        if not line_break:
+            raise ValueError("this tokenizer has no line break to make the two texts equally long with.")
+        with torch.no_grad():
+            filler = model.get_input_embeddings()(torch.tensor(line_break, device=model.device))
+        n = max(len(safe), len(adversarial))
+        safe, adversarial = (torch.cat([filler.expand(n - len(p), -1), p]) for p in (safe, adversarial))
     if prompt_type == "key_value":
         safe, adversarial = (embeddings_to_key_values(model, prompt) for prompt in (safe, adversarial))
     config = dataclasses.replace(pair.config, format_version=None, prompt_type=prompt_type, share_instruction_kv=None)
