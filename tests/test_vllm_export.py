@@ -381,6 +381,7 @@ def request(ids, **params):
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
         "bad_words_token_ids": None,
+        "allowed_token_ids": None,
         "structured_outputs": None,
     }
     return SimpleNamespace(
@@ -445,6 +446,7 @@ def test_the_engine_refuses_placeholders_that_are_not_in_place(config, placed, i
         ({"extra_args": {"acd_alpha": 0.2}}, "--logits-processors"),
         ({"repetition_penalty": 0.01}, "between 0.1 and 10"),
         ({"bad_words_token_ids": [[5], [6, VOCAB]]}, "bad_words"),
+        ({"allowed_token_ids": [5, VOCAB]}, "allowed_token_ids"),
     ],
 )
 def test_a_request_for_what_the_contrast_does_not_have_is_refused(config, params, message):

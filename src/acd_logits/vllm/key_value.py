@@ -16,12 +16,12 @@ In the part in front of the placeholders both streams are the same. So the N tok
 
 and attention puts x's keys and values into both caches. Placeholders have no rows. Where all of a step's tokens lie
 behind placeholders, as in decoding, and where a CUDA graph wants a number of rows that follows from N, these are 2N
-rows, the second half a copy of the first.
+rows: all N tokens, twice.
 
 On which side of the placeholders a token lies, a step cannot tell from its ids and positions: chunks of a prompt, and
-decoding, begin anywhere. So each slot of the KV cache has a number beside it, how many placeholders its token has
-behind it, itself included. A step starts from the number of the slot in front of its first token. Like the keys, the
-numbers follow from the tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests.
+decoding, begin anywhere. So each slot of the KV cache has a number beside it: how many placeholders there are up to its
+token. A step starts from the number of the slot in front of its first token. Like the keys, the numbers follow from the
+tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class KeyValueStreams(torch.nn.Module):
         in_graph = context.cudagraph_runtime_mode != CUDAGraphMode.NONE
         if not in_graph and bool(contrasted.all()):
             return Step(len(ids)), positions
-        step = Step(len(ids), torch.where(placeholder, count - 1, -1), contrasted)
+        step = Step(len(ids), torch.where(placeholder, (count - 1).clamp(max=self.length - 1), -1), contrasted)
         if not in_graph:
             safe = ~placeholder
             safe[:1] |= placeholder.all()  # the model wants a row

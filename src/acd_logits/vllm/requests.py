@@ -152,8 +152,9 @@ def _sampling_fault(params: Any, vllm_config: Any, pair: ExportedPair) -> str | 
     if not 0.1 <= params.repetition_penalty <= 10:
         # It multiplies the contrasted logits, where tokens without plausibility lie far below the others
         return "its repetition_penalty is not between 0.1 and 10"
-    if any(pair.placeholder_id in word for word in params.bad_words_token_ids or ()):
-        return "its bad_words hold the placeholder token"
+    named = [params.allowed_token_ids, *(params.bad_words_token_ids or ())]
+    if any(pair.placeholder_id in tokens for tokens in named if tokens):
+        return "its allowed_token_ids or bad_words hold the placeholder token of the prompt pair"
     if pair.placeholder_id >= vllm_config.model_config.get_vocab_size() and vllm_config.use_v2_model_runner:
         return _second_runner_fault(params)
     return None
