@@ -153,7 +153,7 @@ def test_commands_are_accepted(words, parse):
         assert arguments[1].startswith("vllm.") or importlib.util.find_spec(arguments[1])
         assert all((ROOT / word).is_file() for word in arguments if word.startswith("tests/"))
     else:
-        assert program in ("pip", "vllm", "export", ".venv/bin/pre-commit")
+        assert program in ("pip", "vllm", "curl", "export", ".venv/bin/pre-commit")
 
 
 def test_a_wrong_option_is_noticed(parse):
