@@ -39,7 +39,7 @@ class RecordingProcessor(ContrastProcessor):
         self.record: Record
 
     def bind(
-        self, generation_config: GenerationConfig, ids_length: int, batch: int, model_kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig, ids_length: int, prompts: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> Record:
         """See the base class."""
         mode = generation_config.get_generation_mode()
@@ -48,7 +48,7 @@ class RecordingProcessor(ContrastProcessor):
         if (generation_config.num_return_sequences or 1) > 1:
             raise ValueError(f"{_ONE_ROW}: leave out num_return_sequences, or repeat the prompt.")
         mask = model_kwargs.get("attention_mask")
-        bound = self.acd.bind(generation_config, ids_length, batch, model_kwargs)
+        bound = self.acd.bind(generation_config, ids_length, prompts, model_kwargs)
         if bound.cache.offset:
             raise ValueError("explain() needs the whole text as input_ids: leave out inputs_embeds.")
         limit = bound.cache.streams.long_from
@@ -60,7 +60,7 @@ class RecordingProcessor(ContrastProcessor):
             )
         ends = _ids(generation_config._eos_token_tensor)
         pads = _ids(generation_config._pad_token_tensor) if ends else []  # without an end token, nothing is filled up
-        self.record = Record(bound, mask, ids_length, batch, ends, pads)
+        self.record = Record(bound, mask, ids_length, len(prompts), ends, pads)
         return self.record
 
 
@@ -85,7 +85,7 @@ class Record(BoundProcessor):
         ends: list[int],
         pads: list[int],
     ) -> None:
-        self.bound, self.cache = bound, bound.cache
+        self.bound, self.cache, self.ones = bound, bound.cache, bound.ones
         self.mask, self.start, self.rows, self.ends, self.pads = mask, start, rows, ends, pads
         self.safeguarding: list[torch.Tensor] = []  # one [B, vocab] a step
         self.adversarial: list[torch.Tensor | None] = []  # None past the horizon

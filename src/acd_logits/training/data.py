@@ -199,7 +199,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         labels.append([*example["response"], *[IGNORED] * len(right)])
         counted = range(example["opening"], min(example["avoid_until"], len(example["response"])))
         avoided.append([token if i in counted else IGNORED for i, token in enumerate(labels[-1])])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "avoided": avoided}
+    batch: dict[str, list[Any]] = {"input_ids": ids, "attention_mask": mask, "labels": labels, "avoided": avoided}
     batch |= {"splits": [e["split"] for e in examples], "begun": [int(e["begun"]) for e in examples]}
     return {name: torch.tensor(values) for name, values in batch.items()}
 

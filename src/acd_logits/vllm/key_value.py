@@ -19,9 +19,9 @@ behind placeholders, as in decoding, and where a CUDA graph wants a number of ro
 rows: all N tokens, twice.
 
 On which side of the placeholders a token lies, a step cannot tell from its ids and positions: chunks of a prompt, and
-decoding, begin anywhere. So each slot of the KV cache has a number beside it: how many placeholders there are up to its
-token. A step starts from the number of the slot in front of its first token. Like the keys, the numbers follow from the
-tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests.
+decoding, begin anywhere. So each slot of the KV cache has a number beside it: how many placeholders there are up to
+its token. A step starts from the number of the slot in front of its first token. Like the keys, the numbers follow
+from the tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests.
 """
 
 from __future__ import annotations
