@@ -302,6 +302,7 @@ def test_command_takes_two_texts_and_a_scale_of_guidance(base, tmp_path, capsys)
 
 
 def test_command_says_in_one_line_what_is_wrong(tmp_path, fails):
+    assert "--prompt_type is about texts" in fails("export-vllm", "--prompt_type", "key_value", "--output_dir", "new")
     assert "exists" in fails("export-vllm", "--output_dir", str(tmp_path))
     assert "--pair" in fails("export-vllm", "--revision", "main", "--output_dir", str(tmp_path / "out"))
     assert "holds no model" in fails(

@@ -70,7 +70,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(seen, port, fails, tmp
     with socket.create_server(("127.0.0.1", int(port))):
         assert f"cannot listen at 127.0.0.1:{port}" in fails("serve", "--port", port)
     assert "two names of one number" in fails("serve", "--port", port, "--alpha", "0.5", "--guidance_scale", "2")
-    assert "give --port in front of --" in fails("serve", "--", "--port=8001")
+    assert "give --port before --" in fails("serve", "--", "--port=8001")
+    assert "plain HTTP" in fails("serve", "--", "--ssl-certfile", "certificate")
     assert "--pair text" in fails("serve", "--port", port, "--positive", str(tmp_path / "text"))
 
 

@@ -1,6 +1,7 @@
 """What is done to a model while a processor is attached: nothing that `generate()` is told gets lost on the way."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ ITERABLES = {
     "generator": lambda items: (item for item in items),
     "LogitsProcessorList": LogitsProcessorList,
 }
+
+
+def test_threads_attach_and_detach_at_once():
+    model = build_model()
+
+    def come_and_go(_):
+        for _ in range(50):
+            ACDLogitsProcessor(model, build_pair()).detach()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(come_and_go, range(4)))
+    assert "_acd_attachment" not in model.__dict__
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("kind", ITERABLES)

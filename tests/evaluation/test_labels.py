@@ -55,6 +55,12 @@ def test_the_draw_is_random_repeatable_and_blind(results):
     assert draw(results, 8, seed=2).read_text() != first
 
 
+def test_only_plain_requests_are_drawn(results):
+    plain = len(results.rows)
+    results.rows += [row | {"attack": "role-play"} for row in results.rows]
+    assert {label["line"] for label in read(draw(results, plain, seed=0))} == set(range(plain))
+
+
 def test_full_agreement_has_kappa_1(results):
     fill_in(draw(results, 20, seed=0), results)
     found = agreement(results)

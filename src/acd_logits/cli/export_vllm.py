@@ -42,8 +42,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt_type",
         choices=["embedding", "key_value"],
-        default="embedding",
-        help=f"make prompts of this kind from the texts (with --pair {MANUAL_TEXTS}; default: %(default)s)",
+        help=f"make prompts of this kind from the texts (with --pair {MANUAL_TEXTS}; default: embedding)",
     )
     add_contrast_arguments(parser)
     parser.add_argument(
@@ -67,10 +66,10 @@ def export_to(folder: Path, args: argparse.Namespace) -> None:
     if args.alpha is not None and args.guidance_scale is not None:
         raise CommandError("--alpha and --guidance_scale are two names of one number: give one of them")
     alpha = args.alpha if args.guidance_scale is None else 1 - 1 / args.guidance_scale
-    if (args.positive or args.negative) and pair_name(args) != MANUAL_TEXTS:
-        raise CommandError(
-            f"--positive and --negative are texts in place of a learned pair: add --pair {MANUAL_TEXTS}"
-        )
+    if pair_name(args) != MANUAL_TEXTS:
+        for name in ("positive", "negative", "prompt_type"):
+            if getattr(args, name) is not None:
+                raise CommandError(f"--{name} is about texts in place of a learned pair: add --pair {MANUAL_TEXTS}")
     texts = _text(args.positive, SAFE_PROMPT), _text(args.negative, OPPOSITE_PROMPT)
     from ..vllm.export import export
 
@@ -78,7 +77,8 @@ def export_to(folder: Path, args: argparse.Namespace) -> None:
     with user_errors(ImportError, OSError, RuntimeError, ValueError):
         pair = load_pair(args)
         model_path = resolve_model_name(args.model_name_or_path)
-        export(model_path, folder, pair, texts=texts, prompt_type=args.prompt_type, alpha=alpha, beta=args.beta)
+        kind = args.prompt_type or "embedding"
+        export(model_path, folder, pair, texts=texts, prompt_type=kind, alpha=alpha, beta=args.beta)
 
 
 def _text(path: Path | None, default: str) -> str:

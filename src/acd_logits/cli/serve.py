@@ -30,6 +30,8 @@ _INSTEAD = {
     "--model": "--model_name_or_path says what is served",
     "--logits-processors": "--request_alpha adds the one that there is",
     "--uds": "the server listens at --host and --port",
+    "--ssl-certfile": "the server speaks plain HTTP; put a proxy in front of it",
+    "--ssl-keyfile": "the server speaks plain HTTP; put a proxy in front of it",
 }
 _port = checked(int, lambda value: 0 < value < 65536, "a port from 1 to 65535")
 
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     for argument in args.vllm_arguments:
         name = argument.partition("=")[0]
         if name in ("--host", "--port", *_INSTEAD):
-            raise CommandError(f"{name} is not vLLM's here: {_INSTEAD.get(name, f'give {name} in front of --')}")
+            raise CommandError(f"{name} is not vLLM's here: {_INSTEAD.get(name, f'give {name} before --')}")
     _check_address(args.host, args.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends too
     with tempfile.TemporaryDirectory(prefix="acd-logits-") as temporary:

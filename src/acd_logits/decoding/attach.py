@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from abc import abstractmethod
 from types import MethodType
@@ -108,37 +109,44 @@ class _Attachment:
         self.handles, self.users = handles, weakref.WeakSet()
 
 
+# Threads may attach to one model, and detach from it, at the same time
+_lock = threading.Lock()
+
+
 def attach(processor: ContrastProcessor) -> None:
     """Put hooks and overrides on the processor's model, unless they are there; raise ValueError if it has its own."""
     model = processor.model
-    attachment = model.__dict__.get("_acd_attachment")
-    if attachment is None:
-        foreign = [name for name in _OVERRIDES if name in model.__dict__]
-        if foreign:
-            raise ValueError(f"this model carries a {foreign[0]} of its own, which ACD cannot see through: remove it.")
-        handles = [
-            model.register_forward_pre_hook(pre_forward_hook, with_kwargs=True),
-            model.register_forward_hook(forward_hook, with_kwargs=True),
-        ]
-        attachment = model._acd_attachment = _Attachment(handles)
-    # Set every time: a pickled model comes back with the hooks, but with the stock methods
-    for name, function in _OVERRIDES.items():
-        setattr(model, name, MethodType(function, model))
-    attachment.users.add(processor)
+    with _lock:
+        attachment = model.__dict__.get("_acd_attachment")
+        if attachment is None:
+            if foreign := [name for name in _OVERRIDES if name in model.__dict__]:
+                raise ValueError(
+                    f"this model carries a {foreign[0]} of its own, which ACD cannot see through: remove it."
+                )
+            handles = [
+                model.register_forward_pre_hook(pre_forward_hook, with_kwargs=True),
+                model.register_forward_hook(forward_hook, with_kwargs=True),
+            ]
+            attachment = model._acd_attachment = _Attachment(handles)
+        # Set every time: a pickled model comes back with the hooks, but with the stock methods
+        for name, function in _OVERRIDES.items():
+            setattr(model, name, MethodType(function, model))
+        attachment.users.add(processor)
 
 
 def detach(processor: ContrastProcessor) -> None:
     """Take a processor off its model, and the hooks and overrides with the last one."""
     model = processor.model
-    if not is_attached(processor):
-        return
-    attachment = model._acd_attachment
-    attachment.users.discard(processor)
-    if not attachment.users:
-        for handle in attachment.handles:
-            handle.remove()
-        for name in (*_OVERRIDES, "_acd_attachment"):
-            del model.__dict__[name]
+    with _lock:
+        if not is_attached(processor):
+            return
+        attachment = model._acd_attachment
+        attachment.users.discard(processor)
+        if not attachment.users:
+            for handle in attachment.handles:
+                handle.remove()
+            for name in (*_OVERRIDES, "_acd_attachment"):
+                del model.__dict__[name]
 
 
 def is_attached(processor: ContrastProcessor) -> bool:

@@ -10,10 +10,10 @@ the query heads of a group become further queries of their key-value head instea
 which any backend of PyTorch's attention takes. The sums are the same ones.
 
 `install` puts this in the place of `sdpa` in transformers' `AttentionInterface`, for as long as a processor with a
-shared instruction is attached. All models share that entry, so a call is ours only if its mask is, which `mark` says.
-Any other call goes to the function that was there before, with what it was given. A name of our own, beside `sdpa`,
-would reach one model only. But it would stand in the model's config, which models may share, and which their code
-compares with "sdpa".
+shared instruction is attached, or prompts behind one are trained. All models share that entry, so a call is ours only
+if its mask is, which `mark` says. Any other call goes to the function that was there before, with what it was given.
+A name of our own, beside `sdpa`, would reach one model only. But it would stand in the model's config, which models
+may share, and which their code compares with "sdpa".
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface
 
+from .layout import aligned
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MARK = "_acd_folded"  # attribute of a mask of ours: the same mask for groups of so many heads
 # Arguments that `sdpa` takes besides, and that mean nothing to it where there is a mask
-_INERT = {"dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
+_INERT = {
+    "dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "logits_to_keep", "tokenizer"
+}  # fmt: skip
 
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
@@ -124,7 +128,6 @@ def _folded(mask: torch.Tensor, group: int) -> torch.Tensor:
     masks = getattr(mask, _MARK)
     if group not in masks:
         rows, _, queries, slots = mask.shape
-        # With rows of 8 aligned values, no layer needs an aligned copy on CUDA
-        room = mask.new_empty(rows, group, queries, slots + -slots % 8)[..., :slots]
+        room = mask.new_empty(rows, group, queries, aligned(slots))[..., :slots]
         masks[group] = room.copy_(mask).flatten(1, 2)[:, None]
     return masks[group]

@@ -8,6 +8,7 @@ from token to token. Nothing is loaded from outside.
 from __future__ import annotations
 
 from html import escape
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +68,12 @@ def to_fragment(records: Sequence[dict[str, Any]]) -> str:
         for n in range(1, longest + 1)
     )
     rule = f"{shown} {{ display: block; }}\n" if shown else ""
-    return f"<style>\n{_STYLE}{rule}</style>\n" + "\n".join(map(_answer, records))
+    return f"<style>\n{_STYLE}{rule}</style>\n" + "\n".join(starmap(_answer, enumerate(records)))
 
 
-def _answer(record: dict[str, Any]) -> str:
+def _answer(number: int, record: dict[str, Any]) -> str:
     tokens = record["tokens"]
-    name = f"acd-{digest(record)[:12]}"
+    name = f"acd-{digest(record)[:12]}-{number}"  # two answers may be alike
     opened = record["parts_at"] or 0
     labels = "".join(_label(token, f"{name}-{n}", name, n == opened) for n, token in enumerate(tokens))
     return f"""<section class="acd">

@@ -1,7 +1,7 @@
 """Labels by hand: how far the verdicts of a comparison can be trusted.
 
-`labels.jsonl` in the results folder holds responses drawn at random over all cells, in random order and without the
-name of their arm, for a person to fill in:
+`labels.jsonl` in the results folder holds responses to plain requests, drawn at random over all cells, in random order
+and without the name of their arm, for a person to fill in:
 
     line                the response's line in results.jsonl, from 0
     request, response   what was asked and answered
@@ -32,6 +32,12 @@ LABELS_NAME = "labels.jsonl"
 QUESTIONS = ("harmless", "refusal")
 
 
+def _is_direct(row: dict[str, Any]) -> bool:
+    """Whether the request was asked as it stands: refusals under attack are judged in another way."""
+    cell = cell_of(row)
+    return cell == cell.direct
+
+
 def draw(results: ResultsFolder, n: int, seed: int) -> Path:
     """Draw responses to label.
 
@@ -50,7 +56,7 @@ def draw(results: ResultsFolder, n: int, seed: int) -> Path:
     path = results.path / LABELS_NAME
     if path.exists():
         raise ValueError(f"{path} is there already: fill it in, or remove it to draw anew")
-    whole = [line for line, row in enumerate(results.rows) if "refused" in row and not cell_of(row).begun_tokens]
+    whole = [line for line, row in enumerate(results.rows) if "refused" in row and _is_direct(row)]
     if n > len(whole):
         raise ValueError(f"{results.path} holds {len(whole)} responses, {n} cannot be drawn")
     if any("response" not in results.rows[line] for line in whole):

@@ -139,7 +139,8 @@ def fast_forwards(opo: OPOModel) -> Iterator[None]:
       pass went into copies of them for each query head.
     """
     hook = opo.base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    attention.install(opo)
+    if opo.instructions is not None:
+        attention.install(opo)
     try:
         yield
     finally:

@@ -137,7 +137,7 @@ class OPOTrainer(Trainer):
         """Logits `[b, response_length, vocab]` without a prompt, of those of the rows that are of D_S.
 
         A row's stay as they are, and are computed once. With `--retain answer`, no response begins with a token that
-        refusals begin with.
+        refusals begin with, unless it goes on with an answer that has begun.
         """
         rows = rows[inputs["splits"][rows] == SPLITS.index("D_S")]
         if not len(rows):

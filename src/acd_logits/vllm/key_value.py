@@ -31,6 +31,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
 from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _STREAMS = 2
+# They read a step's keys from the cache, where the learned ones are. Others take them as the model made them
+_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
 
 @dataclasses.dataclass
@@ -108,7 +111,7 @@ class PairedImpl:
         """Attend, from the rows of each stream to its cache, `[rows, heads, head_size]`."""
         attend = super().forward  # type: ignore[misc]
         if attn_metadata is None:  # a trial run of the model, without caches
-            if not self.index:
+            if not self.index and self.streams.checking:
                 self.streams.seen = (key, value)
             return attend(layer, query, key, value, kv_cache, None, output, *args, **kwargs)
         step, twin = self.streams.step, layer.adversarial
@@ -147,6 +150,11 @@ class KeyValueStreams(torch.nn.Module):
 
     def __init__(self, vllm_config: Any, pair: ExportedPair, layers: list[Any]) -> None:
         super().__init__()
+        if is_breakable_cudagraph_enabled():
+            raise ValueError(
+                "ACD on vLLM plans key-value prompts anew in each step, which a breakable CUDA graph skips: unset "
+                "VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT."
+            )
         sizes = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers}
         if len(sizes) != 1 or layers[0].head_size != layers[0].head_size_v:
             raise unsupported("one of its layers", "keys and values of another size than the others")
@@ -165,14 +173,15 @@ class KeyValueStreams(torch.nn.Module):
         }.items():
             self.register_buffer(name, buffer, persistent=False)
         self.probe: tuple[torch.Tensor, ...] = ()
-        self.seen: tuple[torch.Tensor, ...] = ()
+        self.seen: tuple[torch.Tensor, ...] = ()  # keys and values of the first layer, while `check` runs
+        self.checking = False
 
     def _join(self, index: int, layer: Any) -> None:
         """Make a layer attend for both streams."""
         backend = layer.attn_backend
         if layer.sliding_window is not None:
             raise unsupported(layer.layer_name, "a sliding window, and key-value prompts need full attention")
-        if backend.forward_includes_kv_cache_update:
+        if backend.get_name() not in _BACKENDS:
             raise unsupported(layer.layer_name, f"the attention backend {backend.get_name()}: choose another one")
         layer.adversarial.attn_backend = _remembering(backend)
         stock = type(layer.impl)
@@ -241,7 +250,9 @@ class KeyValueStreams(torch.nn.Module):
         self.slots[slots] = count  # type: ignore[index]  # padding has slot -1, which is kept for it
         contrasted = ~placeholder & (count >= self.length)
         positions = (positions - count).clamp(min=0)
-        in_graph = context.cudagraph_runtime_mode != CUDAGraphMode.NONE
+        # While the second runner captures a graph, the mode does not say so
+        capturing = ids.is_cuda and torch.cuda.is_current_stream_capturing()
+        in_graph = capturing or context.cudagraph_runtime_mode != CUDAGraphMode.NONE
         if not in_graph and bool(contrasted.all()):
             return Step(len(ids)), positions
         step = Step(len(ids), torch.where(placeholder, (count - 1).clamp(max=self.length - 1), -1), contrasted)
@@ -333,7 +344,9 @@ class KeyValueStreams(torch.nn.Module):
         """
         ids, positions, expected = self.probe
         device = self.prompts.device
+        self.checking = True
         forward(ids.to(device), positions.to(device))
+        self.checking = False
         for what, found, wanted in zip(("keys", "values"), self.seen, expected.unbind(1), strict=True):
             found, wanted = found.view(wanted.shape).float(), wanted.to(device).float()
             if not (found - wanted).norm() < 0.1 * wanted.norm():  # quantised weights round, too

@@ -157,6 +157,8 @@ class ACDMixin(_Stock):
                     yield name, tensor
 
         self.acd_loaded = False  # for good, if a reload fails
+        if any(buffer.is_meta for buffer in self.acd_streams.buffers()):  # which would come back as it was
+            raise ValueError("ACD on vLLM does not support reloading weights: start the server anew.")
         loaded = super().load_weights(theirs())
         missing = [name for name in TENSORS[self.acd_pair.prompt_type] if name not in ours]
         if missing:
