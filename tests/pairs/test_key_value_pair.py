@@ -13,7 +13,6 @@ from acd_logits import ACDLogitsProcessor, PromptPair
 from acd_logits.pairs import PairConfig
 from acd_logits.pairs.fit import check_fit_unloaded
 from acd_logits.pairs.model_card import generate_card
-from acd_logits.vllm.export import export
 from conftest import (
     ARCHITECTURES,
     HIDDEN,
@@ -355,9 +354,3 @@ def test_the_card_says_what_they_are():
     embedding = generate_card(build_pair())
     assert "Two soft prompts that make" in embedding
     assert "key" not in embedding
-
-
-def test_vllm_does_not_serve_them(tmp_path):
-    with pytest.raises(ValueError, match="vLLM serves embedding prompts so far"):
-        export(tmp_path / "no model is looked at", tmp_path / "out", build_key_value_pair())
-    assert list(tmp_path.iterdir()) == []

@@ -64,8 +64,10 @@ def place_prompts(
         reach: columns that may hold a soft prompt.
     """
     slots = torch.arange(first, first + reach, device=positions.device)[None]
-    parts = (tensor[:, :reach].chunk(len(prompts)) for tensor in (embeds, positions))
-    for prompt, x, places in zip(prompts, *parts, strict=True):
+    rows = len(embeds) // len(prompts)
+    for stream, prompt in enumerate(prompts):
+        # Slices, and not chunks, which autograd does not let anybody write into
+        x, places = (tensor[stream * rows : (stream + 1) * rows, :reach] for tensor in (embeds, positions))
         index = slots - end + len(prompt)  # into the soft prompt, [B or 1, reach]
         inside = (index >= 0) & (index < len(prompt))
         places.masked_fill_(slots < end, 0)
