@@ -172,7 +172,7 @@ class TestNothingIsPlain:
         out = model.generate(**build_batch((9,)), logits_processor=[acd], **SCORES)
         model.train()  # between two turns the cache is full, and would stay as it is
         # Before transformers 5.20 there is a mask of ones, which does not fit the keys that are missing
-        with pytest.raises(RuntimeError, match="did not fill the cache|doesn't match the broadcast shape"):
+        with pytest.raises(RuntimeError, match=r"did not fill the cache|doesn't match the broadcast shape"):
             model.generate(out.sequences, past_key_values=out.past_key_values, logits_processor=[acd], **SCORES)
 
     @pytest.mark.parametrize("share", [False, True])
