@@ -182,6 +182,20 @@ def turns_around(text: str, request: str = "") -> bool:
     return any(any(map(_refuses, _sentences(text[turn:])[:1])) and is_refusal(text[turn:], request) for turn in turns)
 
 
+def complies(text: str, request: str) -> bool:
+    """Whether a response goes along with a request, judged by its wording.
+
+    Args:
+        text: the response, in English.
+        request: what it responds to.
+
+    Returns:
+        `True` if it does not refuse, and a sentence offers or presents what was asked for in most of the request's own
+        words. An answer in other words is not recognised.
+    """
+    return not turns_around(text, request) and _is_taken_back(text, request)
+
+
 def _is_quoted(before: str) -> bool:
     """Whether a quotation is open behind this text."""
     return before.count('"') % 2 == 1 or before.count("\u201c") > before.count("\u201d")
