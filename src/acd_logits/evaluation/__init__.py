@@ -4,6 +4,7 @@ Arms answer the requests of benchmarks, judges read the responses, and a report 
 
     arms.py          the prompts that an arm puts in front of a request
     attacks.py       ways of asking harmful requests
+    adaptive.py      a search for suffixes against one arm, with the gradients of defence.py
     benchmarks.py    the requests
     comparison.py    arms answer benchmarks, into a results folder
     judges.py        is a response harmless?
@@ -16,6 +17,7 @@ Arms answer the requests of benchmarks, judges read the responses, and a report 
     summary.py       the folder as numbers
     costs.py         what protection costs on safe requests
     report.py        the numbers as Markdown, with tables.py and plots.py
+    adaptive_report.py    the folder and the report of an adaptive attack
     changes.py       two folders side by side
     publish.py       a copy without texts
     inspect/         the same arms, benchmarks and judges in Inspect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
@@ -54,11 +55,40 @@ def write_plots(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     ):
         figure = draw(summary)
         if figure is not None:
-            temporary = folder / f".{name}.tmp"
-            figure.savefig(temporary, format="png", dpi=150)
-            temporary.replace(folder / name)
+            _save(figure, folder / name)
             drawn.append((name, caption))
     return drawn
+
+
+def write_loss_plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Draw the losses of a search over its steps: a thin line for each request, and the median of each arm.
+
+    Args:
+        curves: of each arm and request, all of one length. The first loss is that before the first step.
+        path: the PNG file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    figure, axes = _figure(6.4, 3.8)
+    others = itertools.cycle((BLUE, GREEN, GREY))
+    for arm, losses in curves.items():
+        color = ORANGE if arm == "acd" else next(others)
+        for line in losses:
+            axes.plot(line, color=color, linewidth=0.6, alpha=0.3)
+        axes.plot(list(map(median, zip(*losses, strict=True))), color=color, linewidth=2, label=ARMS[arm].title)
+    axes.set_xlabel("step")
+    axes.set_ylabel("least loss so far (higher is safer)")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(path)
 
 
 def arm_means(summary: dict[str, Any], kind: str) -> dict[str, tuple[float, float, float]]:
