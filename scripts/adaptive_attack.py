@@ -99,19 +99,20 @@ def run(args: argparse.Namespace) -> None:
         plots.require_matplotlib()
         pair = load_pair(args)
         check_arms(args.arms, has_pair=pair is not None)
-        spec, label = (args.harmful, "harmful") if args.harmful else ("starter", None)
-        asked = load_benchmark(spec, label, args.limit, args.seed).requests
+        spec = args.harmful or "starter"
+        asked = load_benchmark(spec, "harmful" if args.harmful else None, args.limit, args.seed).requests
         folder = AttackFolder(args.output_dir, settings_of(args, pair, budget))
     model, tokenizer = load_model(args)
     if pair:
         pair.check_chat_template(tokenizer)
-    folder.start(run_facts(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), str(model.device)))
     requests = [request.text for request in asked if request.label == "harmful"]
     try:
+        folder.start(run_facts(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), str(model.device)))
         attack_all(model.eval(), tokenizer, pair, requests, folder, budget, args)
     except (OSError, ValueError) as error:
         raise CommandError(f"{error} (what is finished is kept: the same command goes on from there)") from error
-    show(f"{folder.write_report()}\n")
+    with user_errors(OSError):
+        show(f"{folder.write_report()}\n")
 
 
 def settings_of(args: argparse.Namespace, pair: PromptPair | None, budget: Budget) -> dict[str, Any]:

@@ -191,7 +191,8 @@ def attack(
     losses = defence.losses(defence.begin(asked.plain[:-1]), [asked.plain[-1:]], target).tolist()
     plain = answer = _test(defence, tokenizer, asked.plain, request, target, budget)
     begun = defence.begin(asked.before)
-    suffix, best, queries, seconds = asked.suffix, [], 0, 0.0
+    suffix, queries, seconds = asked.suffix, 0, 0.0
+    best: list[int] = []
     for step in range(1, budget.steps + 1):
         if answer["success"]:
             break
