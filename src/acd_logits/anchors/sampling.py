@@ -84,7 +84,7 @@ def sample_responses(
     requests.sort(key=lambda request: (-len(request[1]), request[1]))
     check_context(model, max((len(ids) for _, ids in requests), default=0) + settings.max_new_tokens)
 
-    done = _open_partial(partial_file, digest(model.name_or_path, str(model.dtype), asdict(settings), requests))
+    done = open_partial(partial_file, digest(model.name_or_path, str(model.dtype), asdict(settings), requests))
     batches = [requests[i : i + settings.batch_size] for i in range(0, len(requests), settings.batch_size)]
     progress = logging.tqdm(desc="Sampling", total=len(requests), initial=sum(map(len, done)), unit="response")
     with progress, partial_file.open("a", encoding="utf-8") as file:
@@ -128,7 +128,7 @@ def _sample_batch(
     return [{"response": response.text, "finished": response.finished} for response in responses]
 
 
-def _open_partial(path: Path, digest: str) -> list[list[dict[str, Any]]]:
+def open_partial(path: Path, digest: str) -> list[list[dict[str, Any]]]:
     """The finished batches of an interrupted run: a line with its digest, then a line per batch."""
     complete = path.read_bytes() if path.exists() else b""
     complete = complete[: complete.rfind(b"\n") + 1]  # the last line was cut off if the run was killed in it

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .command import CommandParser, show, user_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import TrainingArguments
 
     from ..pairs.prompt_pair import PromptPair
@@ -22,20 +24,32 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def _build_parser(prog: str, description: str | None) -> CommandParser:
-    """The parser of our arguments, and of those of transformers' `TrainingArguments`."""
-    from transformers import HfArgumentParser
-
     from ..training import OPOArguments, OPOTrainingArguments
+
+    usage = "%(prog)s --train_file FILE [options]"
+    return training_parser((OPOArguments, OPOTrainingArguments), run, prog=prog, usage=usage, description=description)
+
+
+def training_parser(
+    groups: tuple[type, ...], run: Callable[[argparse.Namespace], None], **kwargs: Any
+) -> CommandParser:
+    """The parser of our arguments, and of those of transformers' `TrainingArguments`.
+
+    Args:
+        groups: the dataclasses of both.
+        run: the command.
+        kwargs: as of `ArgumentParser`.
+    """
+    from transformers import HfArgumentParser
 
     class TrainParser(HfArgumentParser, CommandParser):
         def __init__(self, **kwargs: Any) -> None:
-            HfArgumentParser.__init__(self, (OPOArguments, OPOTrainingArguments), **kwargs)
+            HfArgumentParser.__init__(self, groups, **kwargs)
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    usage = "%(prog)s --train_file FILE [options]"
-    parser = TrainParser(prog=prog, usage=usage, description=description, formatter_class=Formatter)
+    parser = TrainParser(formatter_class=Formatter, **kwargs)
     parser.add_argument("--no_chat", action="store_false", dest="chat", default=None, help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
     return parser

@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 
 
 KEY_VALUE_TOKENS = 64
+# The ranges of numbers, by the words for them
+RANGES: dict[str, Callable[[Any], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "finite and at least 0": lambda value: 0 <= value < math.inf,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+}
 
 
 @dataclass(kw_only=True)
-class OPOArguments:
-    """What is trained, on what, and how the loss is put together."""
-
-    _argument_group_name = "prompt pair"
+class RunArguments:
+    """What every kind of run is told: the anchor data, what is held out of it, and the frozen model."""
 
     train_file: str = HfArg(
         help="read the anchor data from this file: an instruction, a response and a split (D_HR, D_HA or D_S) per row"
@@ -46,6 +51,47 @@ class OPOArguments:
         help="use the chat template; --no_chat leaves it out; without either, it is used if there is one",
         metadata={"nargs": "?", "const": True},
     )
+    held_out_fraction: float = HfArg(
+        default=0.15, help="hold out this share of the instructions for evaluation; 0 holds out none"
+    )
+
+    @functools.cached_property
+    def model_path(self) -> str:
+        """The model's folder or Hub id; the demo model is fetched first.
+
+        Raises:
+            ImportError, OSError, RuntimeError: the demo model cannot be made.
+        """
+        return resolve_model_name(self.model_name_or_path)
+
+    def uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the chat template is used.
+
+        Raises:
+            ValueError: it is asked for, but there is none.
+        """
+        if self.chat and not tokenizer.chat_template:
+            raise ValueError(f"{self.model_name_or_path} has no chat template: leave out --chat")
+        return bool(tokenizer.chat_template) if self.chat is None else self.chat
+
+    def check_ranges(self, wanted: dict[str, str]) -> None:
+        """Check numbers, given the words for the range of each.
+
+        Raises:
+            ValueError: for one out of its range.
+        """
+        for name, words in wanted.items():
+            value = getattr(self, name)
+            if value is not None and not RANGES[words](value):
+                raise ValueError(f"--{name} must be {words}, not {value}")
+
+
+@dataclass(kw_only=True)
+class OPOArguments(RunArguments):
+    """What is trained, on what, and how the loss is put together."""
+
+    _argument_group_name = "prompt pair"
+
     safe_prompt_file: str | None = HfArg(
         default=None, help="start SP as the text in this file instead of the package's"
     )
@@ -79,9 +125,6 @@ class OPOArguments:
     max_refusal_tokens: int = HfArg(
         default=48, help="learn from this many tokens of a refusal, which should come to its end"
     )
-    held_out_fraction: float = HfArg(
-        default=0.15, help="hold out this share of the instructions for evaluation; 0 holds out none"
-    )
     lp_weight: float = HfArg(
         default=1.0, help="multiply L_p by this: L_p follows the responses of a prompt's own split"
     )
@@ -113,20 +156,11 @@ class OPOArguments:
         """
         if self.init_pair and self.num_virtual_tokens:
             raise ValueError("--num_virtual_tokens is the length of new prompts: leave it out with --init_pair")
-        ranges: dict[str, Callable[[Any], bool]] = {
-            "at least 1": lambda value: value >= 1,
-            "finite and at least 0": lambda value: 0 <= value < math.inf,
-            "from 0 to 1": lambda value: 0 <= value <= 1,
-            "at least 0 and below 1": lambda value: 0 <= value < 1,
-        }
         wanted = dict.fromkeys(("num_virtual_tokens", "max_response_tokens", "max_refusal_tokens"), "at least 1")
         weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight")
         wanted |= dict.fromkeys(weights, "finite and at least 0")
         wanted |= {"beta": "from 0 to 1"} | dict.fromkeys(("held_out_fraction", "alpha"), "at least 0 and below 1")
-        for name, words in wanted.items():
-            value = getattr(self, name)
-            if value is not None and not ranges[words](value):
-                raise ValueError(f"--{name} must be {words}, not {value}")
+        self.check_ranges(wanted)
 
     @property
     def weights(self) -> list[list[float]]:
@@ -157,15 +191,6 @@ class OPOArguments:
         return _read_text(self.safe_prompt_file, SAFE_PROMPT), _read_text(self.opposite_prompt_file, OPPOSITE_PROMPT)
 
     @functools.cached_property
-    def model_path(self) -> str:
-        """The model's folder or Hub id; the demo model is fetched first.
-
-        Raises:
-            ImportError, OSError, RuntimeError: the demo model cannot be made.
-        """
-        return resolve_model_name(self.model_name_or_path)
-
-    @functools.cached_property
     def start(self) -> PromptPair | None:
         """The pair to go on from, loaded once: what is recorded of it is what is trained.
 
@@ -173,16 +198,6 @@ class OPOArguments:
             OSError, ValueError: it cannot be loaded.
         """
         return PromptPair.from_pretrained(self.init_pair) if self.init_pair else None
-
-    def uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the chat template is used.
-
-        Raises:
-            ValueError: it is asked for, but there is none.
-        """
-        if self.chat and not tokenizer.chat_template:
-            raise ValueError(f"{self.model_name_or_path} has no chat template: leave out --chat")
-        return bool(tokenizer.chat_template) if self.chat is None else self.chat
 
 
 @dataclass
@@ -228,6 +243,17 @@ def parse_arguments(values: dict[str, Any]) -> tuple[OPOArguments, OPOTrainingAr
     return options, args
 
 
+def check_resumption(args: TrainingArguments) -> None:
+    """Raise ValueError where a checkpoint is named: a run finds its own."""
+    if args.resume_from_checkpoint not in (None, "auto"):
+        raise ValueError("a run goes on by itself where its --output_dir was left: leave out --resume_from_checkpoint")
+
+
+def checkpoints_activations(args: TrainingArguments) -> bool:
+    """Whether gradient checkpointing is asked for, which keeps no keys and values."""
+    return getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing  # its older name
+
+
 def check_arguments(options: OPOArguments, args: TrainingArguments) -> None:
     """Check the two groups of arguments against each other.
 
@@ -238,10 +264,8 @@ def check_arguments(options: OPOArguments, args: TrainingArguments) -> None:
         raise ValueError("--push_to_hub needs --hub_model_id")
     if args.push_to_hub and args.hub_private_repo is False:
         raise ValueError("a pair is pushed to a private repository: publish it with acd-logits push --public")
-    if args.resume_from_checkpoint not in (None, "auto"):
-        raise ValueError("a run goes on by itself where its --output_dir was left: leave out --resume_from_checkpoint")
-    checkpointing = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing  # its older name
-    if options.shares_instruction and checkpointing:
+    check_resumption(args)
+    if options.shares_instruction and checkpoints_activations(args):
         raise ValueError(
             "a shared instruction and --gradient_checkpointing exclude each other: leave it out, or train with "
             "--prompt_type embedding"

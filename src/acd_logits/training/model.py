@@ -30,30 +30,60 @@ if TYPE_CHECKING:
     from ..pairs.prompt_pair import PromptPair
 
 
-class OPOModel(torch.nn.Module):
-    """A frozen model with two trainable prompts, of which one or none stands in front of its input (eq. 2).
+class PromptedModel(torch.nn.Module):
+    """A frozen model with prompts that learn.
 
     The base model is no submodule: what Trainer saves, restores, wraps for several processes and switches to training
-    is the two prompts alone.
+    is the prompts alone.
 
     Args:
         model: the base model, which is shared, not copied. Its weights are frozen.
-        pair: what the prompts start as.
-        share_instruction_kv: hide the prompts from the instruction, as `shared.py` does.
     """
 
-    def __init__(self, model: PreTrainedModel, pair: PromptPair, share_instruction_kv: bool = False) -> None:
+    instructions: InstructionCache | None = None  # where they see no prompt
+
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         model.requires_grad_(False)
         self._base = [model]
-        self.prompts = torch.nn.ModuleDict({name: TrainablePrompt(getattr(pair, name)) for name in STREAMS})
-        self.instructions = InstructionCache(model) if share_instruction_kv else None
-        self.eval()
 
     @property
     def base(self) -> PreTrainedModel:
         """The frozen model."""
         return self._base[0]
+
+    def train(self, mode: bool = True) -> PromptedModel:
+        """Switch to training; the base model stays in eval mode, since dropout is for weights that learn."""
+        super().train(mode)
+        # There are two exceptions. Gradient checkpointing works in train mode only. And bitsandbytes, on a CPU,
+        # repacks the weights of a model in eval mode into a form that has no gradient
+        checkpointing = mode and _checkpoints_gradients(self.base)
+        self.base.train(checkpointing or getattr(self.base, "is_quantized", False))
+        return self
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Called by Trainer: the base model's."""
+        self.base.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The same under its newer name."""
+        self.base.activation_checkpointing_enable(**kwargs)
+
+
+class OPOModel(PromptedModel):
+    """A frozen model with two trainable prompts, of which one or none stands in front of its input (eq. 2).
+
+    Args:
+        model: the base model, as of [`PromptedModel`].
+        pair: what the prompts start as.
+        share_instruction_kv: hide the prompts from the instruction, as `shared.py` does.
+    """
+
+    def __init__(self, model: PreTrainedModel, pair: PromptPair, share_instruction_kv: bool = False) -> None:
+        super().__init__(model)
+        self.prompts = torch.nn.ModuleDict({name: TrainablePrompt(getattr(pair, name)) for name in STREAMS})
+        self.instructions = InstructionCache(model) if share_instruction_kv else None
+        self.eval()
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
@@ -100,7 +130,7 @@ class OPOModel(torch.nn.Module):
         if self.instructions is not None:
             return _forward_behind_instruction(model, self.instructions, prompt, ids, mask, response_length)
         if reuses_prefix(model) and not _checkpoints_gradients(model):  # which keeps no keys and values
-            return _forward_behind_prefix(model, prompt, ids, mask, response_length)
+            return forward_behind_prefix(model, prompt, ids, mask, response_length)
         x = model.get_input_embeddings()(ids)
         embeds, mask, positions = place_soft_prompt(prompt, x, mask)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
@@ -110,26 +140,9 @@ class OPOModel(torch.nn.Module):
         # The logits at a token predict the next one
         return model(**inputs).logits[:, -response_length - 1 : -1]
 
-    def train(self, mode: bool = True) -> OPOModel:
-        """Switch to training; the base model stays in eval mode, since dropout is for weights that learn."""
-        super().train(mode)
-        # There are two exceptions. Gradient checkpointing works in train mode only. And bitsandbytes, on a CPU,
-        # repacks the weights of a model in eval mode into a form that has no gradient
-        checkpointing = mode and _checkpoints_gradients(self.base)
-        self.base.train(checkpointing or getattr(self.base, "is_quantized", False))
-        return self
-
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Called by Trainer: the base model's."""
-        self.base.gradient_checkpointing_enable(**kwargs)
-
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """The same under its newer name."""
-        self.base.activation_checkpointing_enable(**kwargs)
-
 
 @contextlib.contextmanager
-def fast_forwards(opo: OPOModel) -> Iterator[None]:
+def fast_forwards(opo: PromptedModel) -> Iterator[None]:
     """Spare the forwards within what costs a multiple of the work itself, on a CPU above all.
 
     - The language-model head is given its tokens in one piece. A slice of hidden states has gaps, and torch multiplies
@@ -199,32 +212,49 @@ def place_soft_prompt(
     return joined[row, order.to(embeds.device)], mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _forward_behind_prefix(
+def forward_behind_prefix(
     model: PreTrainedModel, soft: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, response_length: int
 ) -> torch.Tensor:
-    """The logits of `OPOModel.forward`, with what all rows begin with computed once for all of them.
+    """Logits behind a prompt that x sees, with what all rows begin with computed once for all of them.
 
     A row's soft prompt and the start of its chat template see nothing of what follows, so their keys and values, and
-    the gradients through them, are the same for every row: `[prefix | pad | rest of x | response | pad]`.
+    the gradients through them, are the same for every row: `[prefix | pad | rest of x | response | pad]`. The prompt
+    has the positions 0 to n - 1, as under peft, and x those from n on.
+
+    Args:
+        model: a model with full attention over plain keys and values.
+        soft: n embeddings `[n, hidden_size]`, or keys and values `[n, layers, 2, kv_heads, head_dim]`.
+        ids: `[B, T]`, as of [`collate`].
+        mask: `[B, T]`.
+        response_length: of how many tokens, the last of every row, to give the logits.
+
+    Returns:
+        `[B, response_length, vocab]`.
     """
     x = model.get_input_embeddings()(ids)
     pads = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     shared = _common_prefix(ids, mask, response_length)
-    prefix = torch.cat([soft.to(x), x[0, pads[0, 0] : pads[0, 0] + shared]])
+    prefix = x[0, pads[0, 0] : pads[0, 0] + shared]
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if soft.ndim == 5:
+        for index, (keys, values) in enumerate(layers_of(soft)):
+            cache.update(keys.to(x), values.to(x), index)
+    else:
+        prefix = torch.cat([soft.to(x), prefix])
     # The row's padding, moved behind the prefix, hides what is left of the prefix's tokens
     columns = torch.arange(mask.shape[1] - shared, device=mask.device)
     mask = mask[:, shared:] * (columns >= pads)
-    cache = None
     if len(prefix):
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         model(inputs_embeds=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    length = len(soft) + shared
+    if length:
         cache.batch_repeat_interleave(len(ids))
     logits = model(
         inputs_embeds=x[:, shared:],
-        attention_mask=torch.cat([mask.new_ones(len(ids), len(prefix)), mask], dim=1),
-        position_ids=len(prefix) + (mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=cache is not None,
+        attention_mask=torch.cat([mask.new_ones(len(ids), length), mask], dim=1),
+        position_ids=length + (mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache if length else None,
+        use_cache=bool(length),
         logits_to_keep=response_length + 1,
     ).logits
     return logits[:, -response_length - 1 : -1]

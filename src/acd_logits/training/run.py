@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,25 +22,31 @@ from ..files import write_text
 from ..pairs.fit import base_model, chat_template_digest
 from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import system_prompt_ids
-from .arguments import check_arguments
+from .arguments import RunArguments, check_arguments
 from .data import AnchorExamples, check_context, load_examples
 from .model import OPOModel, fast_forwards
 from .prompts import initial_prompts
 from .trainer import NAMES, OPOTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from collections.abc import Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from ..pairs.config import PairConfig
     from .arguments import OPOArguments
+    from .model import PromptedModel
+    from .trainer import PromptTrainer
 
 SETTINGS_NAME = "training_settings.json"
 RUN_NAME = "run"  # the Trainer's folder, in the pair's
 LOG_NAME = "log_history.json"  # is written last: a run that has it is finished
 
+Options = TypeVar("Options", bound=RunArguments)
+
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[Options]):
     """What one run of training is made of: all but the model.
 
     Args:
@@ -50,7 +56,7 @@ class Run:
         examples: the anchor set as tokens.
     """
 
-    options: OPOArguments
+    options: Options
     args: TrainingArguments
     tokenizer: PreTrainedTokenizerBase
     examples: AnchorExamples
@@ -61,7 +67,7 @@ class Run:
         return Path(self.args.output_dir)
 
 
-def prepare(options: OPOArguments, args: TrainingArguments) -> Run:
+def prepare(options: OPOArguments, args: TrainingArguments) -> Run[OPOArguments]:
     """Do everything that needs no weights: what is wrong with the input shows here.
 
     Raises:
@@ -72,21 +78,31 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> Run:
     """
     check_arguments(options, args)
     texts = options.texts
-    config = AutoConfig.from_pretrained(options.model_path, revision=options.model_revision)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{options.model_name_or_path} is an encoder-decoder: ACD is for decoder-only models")
-    tokenizer = AutoTokenizer.from_pretrained(options.model_path, revision=options.model_revision)
+    config, tokenizer = load_config(options)
     run = Run(options, args, tokenizer, load_examples(options, tokenizer, args.seed))
     if start := options.start:
         length = max(len(start.safeguarding), len(start.adversarial))
     else:
         length = options.virtual_tokens(*(len(system_prompt_ids(tokenizer, text)) for text in texts))
     check_context(config, run.examples, length)
-    check_same_run(run)
+    check_same_run(run.folder, training_settings(run))
     return run
 
 
-def load_model(run: Run) -> PreTrainedModel:
+def load_config(options: RunArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The model's config, and its tokenizer.
+
+    Raises:
+        ImportError, OSError, RuntimeError: one of them cannot be read, or the demo model cannot be made.
+        ValueError: it is an encoder-decoder.
+    """
+    config = AutoConfig.from_pretrained(options.model_path, revision=options.model_revision)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{options.model_name_or_path} is an encoder-decoder: ACD is for decoder-only models")
+    return config, AutoTokenizer.from_pretrained(options.model_path, revision=options.model_revision)
+
+
+def load_model(run: Run[Any]) -> PreTrainedModel:
     """Load the frozen model.
 
     Raises:
@@ -102,7 +118,18 @@ def load_model(run: Run) -> PreTrainedModel:
     )
 
 
-def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
+def place(model: PreTrainedModel, run: Run[Any]) -> PreTrainedModel:
+    """The model itself, on the run's device.
+
+    Trainer sees the prompts alone. What was placed by a device map, or is quantised, stays where it is.
+    """
+    model = base_model(model)
+    if not (getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)):
+        model.to(run.args.device)
+    return model
+
+
+def train_pair(model: PreTrainedModel, run: Run[OPOArguments]) -> PromptPair:
     """Train SP and AP, and save the pair to the run's folder.
 
     A run that was interrupted goes on from its last checkpoint, and a finished one is not trained again.
@@ -118,22 +145,15 @@ def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
         FloatingPointError: the loss is NaN or infinite.
         ValueError: the folder holds a run with other settings, or the pair to go on from does not fit the model.
     """
-    model = base_model(model)
-    # Trainer sees the prompts alone. What was placed by a device map, or is quantised, stays where it is
-    if not (getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)):
-        model.to(run.args.device)
-    check_same_run(run)
+    model = place(model, run)
     settings = training_settings(run)
-    if run.args.should_save:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(run.folder / SETTINGS_NAME, settings)
+    start_run(run, settings)
     initial = initial_prompts(model, run.tokenizer, run.options)
     opo = OPOModel(model, initial, run.options.shares_instruction)
     with fast_forwards(opo):
-        log = _train(opo, run)
+        log = train_prompts(opo, run, OPOTrainer)
     model.eval()
-    losses = _held_out_summary(log, run.args)
-    measured = {"dtype": str(model.dtype).removeprefix("torch."), "held_out_loss": losses, "versions": _versions()}
+    measured = what_came_out(model, run, log, NAMES)
     # Keys and values are saved as the model was given them, in its own dtype
     dtype = model.dtype if run.options.prompt_type == "key_value" else torch.float32
     prompts = {name: prompt().detach().to("cpu", dtype) for name, prompt in opo.prompts.items()}
@@ -143,91 +163,131 @@ def train_pair(model: PreTrainedModel, run: Run) -> PromptPair:
     return pair
 
 
-def _pair_config(initial: PairConfig, run: Run, training: dict[str, Any]) -> PairConfig:
+def _pair_config(initial: PairConfig, run: Run[OPOArguments], training: dict[str, Any]) -> PairConfig:
     """What the pair says about itself."""
     options = run.options
-    demo = options.model_name_or_path == DEMO_MODEL
     return dataclasses.replace(
         initial,
-        base_model_name_or_path=DEMO_MODEL_ID if demo else options.model_name_or_path,
-        base_model_revision=options.model_revision,
+        **base_facts(run),
         alpha=options.alpha,
         beta=options.beta,
         share_instruction_kv=options.shares_instruction,
-        chat_template_sha256=chat_template_digest(run.tokenizer) if options.uses_chat(run.tokenizer) else None,
         training=training,
     )
 
 
-def training_settings(run: Run) -> dict[str, Any]:
+def base_facts(run: Run[Any]) -> dict[str, Any]:
+    """What is recorded of the model that prompts were trained for."""
+    options = run.options
+    demo = options.model_name_or_path == DEMO_MODEL
+    return {
+        "base_model_name_or_path": DEMO_MODEL_ID if demo else options.model_name_or_path,
+        "base_model_revision": options.model_revision,
+        "chat_template_sha256": chat_template_digest(run.tokenizer) if options.uses_chat(run.tokenizer) else None,
+    }
+
+
+def training_settings(run: Run[OPOArguments]) -> dict[str, Any]:
     """What decides how the prompts come out, for the pair's config: enough to train it again."""
-    options, args = run.options, run.args
+    options = run.options
     ours = ("dtype", "prompt_type", "num_virtual_tokens", "share_instruction_kv")
     data = ("balance", "max_response_tokens", "max_refusal_tokens", "held_out_fraction")
     weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight", "retain", "alpha")
-    length = ("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
-    optimiser = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
-    order = ("seed", "data_seed", "train_sampling_strategy")
-    kept = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_steps")
     # The digest is of instructions, not of their tokens: some chat templates write the date into those
     anchors = json.dumps([[e["instruction"], e["response"], e["split"]] for e in run.examples])
-    local = Path(options.model_name_or_path).is_dir()  # the rest of a folder's path is nobody's business
     return {
-        "model": Path(options.model_name_or_path).name if local else options.model_name_or_path,
-        "model_revision": options.model_revision,
-        "chat": options.uses_chat(run.tokenizer),
+        **model_settings(run),
         **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),
         "init_pair": start.digest if (start := options.start) else None,
         **{name: getattr(options, name) for name in (*ours, *data, *weights)},
-        **{name: getattr(args, name) for name in (*length, *optimiser, *order, "bf16", "fp16", *kept)},
-        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "optim": str(getattr(args.optim, "value", args.optim)),
-        "eval_strategy": str(getattr(args.eval_strategy, "value", args.eval_strategy)),
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        **trainer_settings(run.args),
         "pairs": run.examples.counts(),
         "anchors_sha256": hashlib.sha256(anchors.encode()).hexdigest(),
     }
 
 
-def check_same_run(run: Run) -> None:
-    """Compare the run's settings with those of an earlier run in its folder, which would go on.
+def model_settings(run: Run[Any]) -> dict[str, Any]:
+    """The frozen model, and how it is asked."""
+    options = run.options
+    return {
+        "model": shown_name(options.model_name_or_path),
+        "model_revision": options.model_revision,
+        "chat": options.uses_chat(run.tokenizer),
+    }
+
+
+def shown_name(name: str) -> str:
+    """A model's or a pair's name as it is recorded: the rest of a folder's path is nobody's business."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def trainer_settings(args: TrainingArguments) -> dict[str, Any]:
+    """What decides among the arguments of transformers how the prompts come out."""
+    length = ("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+    optimiser = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs")
+    order = ("seed", "data_seed", "train_sampling_strategy")
+    kept = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_steps")
+    return {
+        **{name: getattr(args, name) for name in (*length, *optimiser, *order, "bf16", "fp16", *kept)},
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "eval_strategy": str(getattr(args.eval_strategy, "value", args.eval_strategy)),
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    }
+
+
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Compare a run's settings with those of an earlier run in its folder, which would go on.
 
     Raises:
         ValueError: if they differ.
     """
-    settings = training_settings(run)
-    path = run.folder / SETTINGS_NAME
+    path = folder / SETTINGS_NAME
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     for name, value in settings.items():
         if earlier.get(name) != value:
             raise ValueError(
-                f"{run.folder} holds a run with another {name} ({earlier.get(name)}, now {value}): choose another "
+                f"{folder} holds a run with another {name} ({earlier.get(name)}, now {value}): choose another "
                 "--output_dir, or remove that one to start again"
             )
 
 
-def _train(opo: OPOModel, run: Run) -> list[dict[str, float]]:
-    """Train both prompts, or load them if they are finished; returns the log of the run."""
+def start_run(run: Run[Any], settings: dict[str, Any]) -> None:
+    """Make the run's folder, with the settings in it.
+
+    Raises:
+        ValueError: it holds a run with other settings.
+    """
+    check_same_run(run.folder, settings)
+    if run.args.should_save:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _write_json(run.folder / SETTINGS_NAME, settings)
+
+
+def train_prompts(
+    prompted: PromptedModel, run: Run[Any], trainer_class: type[PromptTrainer]
+) -> list[dict[str, float]]:
+    """Train what learns, or load it if it is finished; returns the log of the run."""
     folder = run.folder.absolute() / RUN_NAME
     if (folder / LOG_NAME).is_file():
-        opo.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME))
+        prompted.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME))
         return json.loads((folder / LOG_NAME).read_text(encoding="utf-8"))
     checkpoint = _last_checkpoint(folder)
-    trainer = OPOTrainer(
+    trainer = trainer_class(
         run.options,
-        model=opo,
+        model=prompted,
         args=_run_arguments(folder, checkpoint, run),
         train_dataset=run.examples.train,
         eval_dataset=run.examples.held_out or None,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if run.args.should_save:
-        save_file(opo.state_dict(), folder / SAFE_WEIGHTS_NAME)
+        save_file(prompted.state_dict(), folder / SAFE_WEIGHTS_NAME)
         _write_json(folder / LOG_NAME, trainer.state.log_history)
     return trainer.state.log_history
 
 
-def _run_arguments(folder: Path, checkpoint: str | None, run: Run) -> TrainingArguments:
+def _run_arguments(folder: Path, checkpoint: str | None, run: Run[Any]) -> TrainingArguments:
     """The arguments of the Trainer."""
     args = copy.copy(run.args)
     args.output_dir = str(folder)
@@ -253,9 +313,23 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _held_out_summary(log: list[dict[str, float]], args: TrainingArguments) -> dict[str, dict[str, float]]:
+def what_came_out(
+    model: PreTrainedModel, run: Run[Any], log: list[dict[str, float]], terms: Sequence[str]
+) -> dict[str, Any]:
+    """The held-out losses of a run, beside the model's dtype and the versions of what they were measured with."""
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")}
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "held_out_loss": _held_out_summary(log, run.args, terms),
+        "versions": {"acd_logits": __version__} | versions,
+    }
+
+
+def _held_out_summary(
+    log: list[dict[str, float]], args: TrainingArguments, terms: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """The held-out losses before training, if that was evaluated, and of the prompt that was kept."""
-    names = ("epoch", "eval_loss", *(f"eval_{name}" for name in NAMES))
+    names = ("epoch", "eval_loss", *(f"eval_{name}" for name in terms))
     evaluations = [
         {n.removeprefix("eval_"): line[n] for n in names if n in line} for line in log if "eval_loss" in line
     ]
@@ -269,10 +343,6 @@ def _held_out_summary(log: list[dict[str, float]], args: TrainingArguments) -> d
         choose = max if args.greater_is_better else min
         kept = choose(after, key=lambda line: line[metric])
     return {**({"first": before[0]} if before else {}), "kept": kept}
-
-
-def _versions() -> dict[str, str]:
-    return {"acd_logits": __version__} | {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")}
 
 
 def _write_json(path: Path, value: Any) -> None:

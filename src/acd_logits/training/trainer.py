@@ -1,4 +1,4 @@
-"""transformers' Trainer with the losses of SP, AP and their contrast.
+"""transformers' Trainer for losses that are means over tokens, and the one for SP, AP and their contrast.
 
 "Mean over tokens" in eq. 3 and 4 is the mean over all tokens of a split in one optimiser step, over every process and
 every micro-batch: the sum of the losses is divided by a count that was gathered before the step. So gradient
@@ -8,6 +8,7 @@ accumulation and the number of processes change nothing but the speed.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import EvalPrediction
 
-    from .arguments import OPOArguments
+    from .arguments import OPOArguments, RunArguments
     from .data import Batch, Example
 
 PLAIN_CACHE_BYTES = 2 << 30  # so much of the plain model's logits is kept for the KL forms of L_r
@@ -32,27 +33,35 @@ PLAIN_CACHE_BYTES = 2 << 30  # so much of the plain model's logits is kept for t
 NAMES = [f"{stream}_{term}{which}" for which in ("", "_first") for stream in ("SP", "AP", "ACD") for term in TERMS]
 
 
-class OPOTrainer(Trainer):
-    """transformers' Trainer with the losses of eq. 3, 4 and 5, each of their terms in the log.
-
-    Sums and counts of tokens have a shape of `[2, 3, 3]`: all tokens and first tokens; SP, AP and the contrast; L_p,
-    L_n and L_r.
+class PromptTrainer(Trainer):
+    """transformers' Trainer with a loss made of means over tokens, each of its terms in the log.
 
     Args:
-        options: weights of the terms and the form of L_r.
-        kwargs: as of `Trainer`; the model is an [`OPOModel`].
+        options: what the run is told; with `balance`, batches are balanced.
+        kwargs: as of `Trainer`.
     """
 
-    def __init__(self, options: OPOArguments, **kwargs: Any) -> None:
-        self._refused = refusal_openings(kwargs["train_dataset"]) if options.retain == "answer" else []
-        for name in ("train_dataset", "eval_dataset"):
-            kwargs[name] = kwargs[name] and leave_out_apologies(kwargs[name], self._refused)
-        super().__init__(data_collator=collate, compute_metrics=self._held_out_loss, **kwargs)
-        self.options = options
+    names: list[str]  # of the terms, in the log
+    shape: tuple[int, ...]  # of the terms, as `sums` and `counts` have them behind the rows
+
+    def __init__(self, options: RunArguments, **kwargs: Any) -> None:
+        super().__init__(compute_metrics=self._held_out_loss, **kwargs)
+        self.options: Any = options
         self.model_accepts_loss_kwargs = True  # our mean is over all micro-batches: nothing is left to divide
-        self._plain: dict[tuple[int, ...], torch.Tensor] = {}
         # Sums and token counts of the terms since the last line of the log
-        self._logged = torch.zeros(2, 2, 3, 3, device=self.args.device)
+        self._logged = torch.zeros(2, *self.shape, device=self.args.device)
+
+    @abstractmethod
+    def sums(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+        """What each row adds to the terms, `[B, *shape]`."""
+
+    @abstractmethod
+    def counts(self, inputs: Batch) -> torch.Tensor:
+        """Tokens of each row that the terms are means over, `[B, *shape]`."""
+
+    @abstractmethod
+    def weighted(self, means: torch.Tensor) -> torch.Tensor:
+        """The loss, from the terms' means, `[*shape]`."""
 
     def _get_train_sampler(
         self, train_dataset: Sequence[Example] | None = None
@@ -74,9 +83,9 @@ class OPOTrainer(Trainer):
             # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice
             first = max(0, loader.remainder - self.args.process_index * len(batches[-1]["labels"]))
             batches[-1]["labels"][first:] = batches[-1]["avoided"][first:] = IGNORED
-        counts = torch.zeros(2, 3, 3, device=device)
+        counts = torch.zeros(self.shape, device=device)
         for batch in batches:
-            counts += _counts(batch).sum(0).to(device)
+            counts += self.counts(batch).sum(0).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
@@ -88,9 +97,9 @@ class OPOTrainer(Trainer):
     ) -> torch.Tensor:
         """This micro-batch's share of the step's loss."""
         assert num_items_in_batch is not None
-        sums, counts = self._sums(model, inputs), _counts(inputs)
+        sums, counts = self.sums(model, inputs), self.counts(inputs)
         self._logged += torch.stack([sums.detach().sum(0), counts.sum(0)])
-        loss = self._weighted(sums.sum(0) / num_items_in_batch.clamp(min=1))
+        loss = self.weighted(sums.sum(0) / num_items_in_batch.clamp(min=1))
         _check_finite(loss.item(), self.state.global_step)
         # The gradients of several processes are averaged, but each process has only its share of the sum
         return loss * self.accelerator.num_processes
@@ -98,19 +107,51 @@ class OPOTrainer(Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Sums and token counts of each row, `[B, 2, 3, 3]`, in the places of logits and labels."""
+        """Sums and token counts of each row, `[B, *shape]`, in the places of logits and labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return None, self._sums(model, inputs), _counts(inputs)
+            return None, self.sums(model, inputs), self.counts(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, over the tokens since the last line, to a line of the training log."""
         if "loss" in logs:
-            logs = logs | _means(*self.accelerator.reduce(self._logged, reduction="sum"))
+            logs = logs | self._means(*self.accelerator.reduce(self._logged, reduction="sum"))
             self._logged.zero_()
         super().log(logs, start_time)
 
-    def _sums(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+    def _held_out_loss(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Means over all held-out tokens; "loss" chooses the best checkpoint."""
+        sums, counts = (torch.from_numpy(rows).sum(0) for rows in (prediction.predictions, prediction.label_ids))
+        loss = self.weighted(sums / counts.clamp(min=1)).item()
+        _check_finite(loss, self.state.global_step)
+        return {"loss": loss} | self._means(sums, counts)
+
+    def _means(self, sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+        values = zip(self.names, sums.flatten(), counts.flatten(), strict=True)
+        return {name: (s / n).item() for name, s, n in values if n > 0}
+
+
+class OPOTrainer(PromptTrainer):
+    """The losses of eq. 3, 4 and 5.
+
+    Sums and counts of tokens have a shape of `[2, 3, 3]`: all tokens and first tokens; SP, AP and the contrast; L_p,
+    L_n and L_r.
+
+    Args:
+        options: weights of the terms and the form of L_r.
+        kwargs: as of `Trainer`; the model is an [`OPOModel`].
+    """
+
+    names, shape = NAMES, (2, 3, 3)
+
+    def __init__(self, options: OPOArguments, **kwargs: Any) -> None:
+        self._refused = refusal_openings(kwargs["train_dataset"]) if options.retain == "answer" else []
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = kwargs[name] and leave_out_apologies(kwargs[name], self._refused)
+        super().__init__(options, data_collator=collate, **kwargs)
+        self._plain: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def sums(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
         """What each row adds to the terms, `[B, 2, 3, 3]`."""
         labels, avoided, splits = (inputs[name] for name in ("labels", "avoided", "splits"))
         sums = torch.zeros(len(labels), 2, 3, 3, device=labels.device)
@@ -163,28 +204,15 @@ class OPOTrainer(Trainer):
         missing = response_length - padded.shape[1]
         return torch.nn.functional.pad(padded, (0, 0, 0, missing)).to(ids.device)
 
-    def _weighted(self, means: torch.Tensor) -> torch.Tensor:
+    def counts(self, inputs: Batch) -> torch.Tensor:
+        """Tokens of each row that the terms are means over, `[B, 2, 3, 3]`."""
+        labels, avoided = inputs["labels"], inputs["avoided"]
+        return torch.stack([count_tokens(labels[:, :s], avoided[:, :s], inputs["splits"]) for s in (None, 1)], dim=1)
+
+    def weighted(self, means: torch.Tensor) -> torch.Tensor:
         """L_S + L_A + L_C, from the terms' means."""
         weights = torch.tensor(self.options.weights, device=means.device)
         return ((means[0] + self.options.first_token_weight * means[1]) * weights).sum()
-
-    def _held_out_loss(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Means over all held-out tokens; "loss" chooses the best checkpoint."""
-        sums, counts = (torch.from_numpy(rows).sum(0) for rows in (prediction.predictions, prediction.label_ids))
-        loss = self._weighted(sums / counts.clamp(min=1)).item()
-        _check_finite(loss, self.state.global_step)
-        return {"loss": loss} | _means(sums, counts)
-
-
-def _counts(inputs: Batch) -> torch.Tensor:
-    """Tokens of each row that the terms are means over, `[B, 2, 3, 3]`."""
-    labels, avoided = inputs["labels"], inputs["avoided"]
-    return torch.stack([count_tokens(labels[:, :s], avoided[:, :s], inputs["splits"]) for s in (None, 1)], dim=1)
-
-
-def _means(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
-    values = zip(NAMES, sums.flatten(), counts.flatten(), strict=True)
-    return {name: (s / n).item() for name, s, n in values if n > 0}
 
 
 def _check_finite(loss: float, step: int) -> None:
