@@ -8,6 +8,7 @@ key_values.py    keys and values of soft prompts
 hub.py           download and upload
 custom_generate.py  what a repository carries for `generate(..., custom_generate="org/pair")`
 model_card.py    the README.md of a saved pair, from `model_card.md`
+distilled.py     a pair's contrast as one prompt, and its card, from `distilled_card.md`
 texts.py         the two manual system prompts
 """
 

@@ -21,27 +21,34 @@ if TYPE_CHECKING:
 
 
 class Repository:
-    """A repository to upload a pair to; made if missing.
+    """A repository to upload a pair or an adapter to; made if missing.
 
     Args:
         repo_id: its id on the Hub.
         token: Hub token.
         private: whether it must be private.
+        why: what is said to one who would publish it.
 
     Raises:
         OSError: if the Hub cannot be reached, or refuses.
         ValueError: it is public, and `private` is set.
     """
 
-    def __init__(self, repo_id: str, token: str | bool | None, private: bool) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        token: str | bool | None,
+        private: bool,
+        why: str = "the adversarial prompt is a jailbreak for its model",
+    ) -> None:
         self.api = HfApi(token=token)
         with _hub_errors(repo_id, None):
             self.repo_id = self.api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             visibly_private = self.api.model_info(self.repo_id).private
         if private and not visibly_private:
             raise ValueError(
-                f"{self.repo_id} is public, and the adversarial prompt is a jailbreak for its model: choose a private "
-                "repository, or publish the pair with private=False (acd-logits push --public)."
+                f"{self.repo_id} is public, and {why}: choose a private repository, or publish with private=False "
+                "(acd-logits push --public)."
             )
 
     def upload(self, folder: Path, commit_message: str, revision: str | None, create_pr: bool) -> CommitInfo:

@@ -106,12 +106,13 @@ def prompt_key_values(model: PreTrainedModel, prompts: torch.Tensor, start: int 
 
 
 @torch.no_grad()
-def embeddings_to_key_values(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+def embeddings_to_key_values(model: PreTrainedModel, prompt: torch.Tensor, start: int | None = None) -> torch.Tensor:
     """The key-value prompt that decodes as an embedding prompt does with a shared instruction.
 
     Args:
         model: the model.
         prompt: embeddings, `[n, hidden_size]`.
+        start: position of their first token; default: -n, as for a shared instruction. 0 is where peft has it.
 
     Returns:
         Keys and values, `[n, layers, 2, kv_heads, head_dim]`, in the model's dtype and on the prompt's device.
@@ -120,6 +121,6 @@ def embeddings_to_key_values(model: PreTrainedModel, prompt: torch.Tensor) -> to
         ValueError: the model has no plain keys and values.
     """
     check_shareable(model, key_value=True)
-    layers = prompt_key_values(model, prompt[None], -len(prompt))
+    layers = prompt_key_values(model, prompt[None], -len(prompt) if start is None else start)
     stacked = [torch.stack([kv[0].to(prompt.device) for kv in layer]) for layer in layers if layer is not None]
     return torch.stack(stacked).permute(3, 0, 1, 2, 4).contiguous()

@@ -81,14 +81,14 @@ def generate_card(pair: _Pair, repo_id: str | None = None, license: str | None =
     """
     config = pair.config
     model = config.base_model_name_or_path
-    shown = model if model is None or _is_hub_id(model) else Path(model).name  # a folder's path is nobody's business
+    shown = model if model is None or is_hub_id(model) else Path(model).name  # a folder's path is nobody's business
     words = _KINDS[config.prompt_type]
     return _TEMPLATE.substitute(
         words,
         metadata=_metadata(config, license, words["tag"], pushed=repo_id is not None),
         marker=MARKER,
         base=shown or "a causal language model",
-        model=model if _is_hub_id(model) else f"path/to/{shown or 'model'}",
+        model=model if is_hub_id(model) else f"path/to/{shown or 'model'}",
         revision=f', revision="{config.base_model_revision}"' if config.base_model_revision else "",
         repo=repo_id or "path/to/this/folder",
         safeguarding=len(pair.safeguarding),
@@ -97,9 +97,9 @@ def generate_card(pair: _Pair, repo_id: str | None = None, license: str | None =
         beta=f"{config.beta:g}",
         one_line=_ONE_LINE.format(repo_id=repo_id) if repo_id else "",
         inputs=_CHAT_INPUTS if config.training.get("chat", True) else _PLAIN_INPUTS,
-        harmless_rate=_results_table(config.results.get("harmless_rate")),
-        over_refusal=_results_table(config.results.get("over_refusal")),
-        training=_settings_table(config.training),
+        harmless_rate=results_table(config.results.get("harmless_rate")),
+        over_refusal=results_table(config.results.get("over_refusal")),
+        training=settings_table(config.training),
         made_for=_made_for(shown, config),
     )
 
@@ -115,12 +115,12 @@ def _metadata(config: PairConfig, license: str | None, tag: str, pushed: bool) -
     model = config.base_model_name_or_path
     tags = [*TAGS, tag, *["custom_generate"] * pushed]
     data = ModelCardData(license=license, library_name="acd-logits", pipeline_tag="text-generation", tags=tags)
-    if _is_hub_id(model):
+    if is_hub_id(model):
         data["base_model"], data["base_model_relation"] = model, "adapter"
     return data.to_yaml().strip()
 
 
-def _is_hub_id(model: str | None) -> bool:
+def is_hub_id(model: str | None) -> bool:
     """Whether a model's name can be an id on the Hub, which refuses cards with another `base_model`."""
     return bool(model and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) and not os.path.exists(model))
 
@@ -133,7 +133,8 @@ def _made_for(model: str | None, config: PairConfig) -> str:
     return f"{model or 'its name was not recorded'} ({known})"
 
 
-def _results_table(rows: list[dict[str, Any]] | None) -> str:
+def results_table(rows: list[dict[str, Any]] | None) -> str:
+    """One list of `PairConfig.results` as a table."""
     if not rows:
         return "Not measured."
     table = []
@@ -144,12 +145,13 @@ def _results_table(rows: list[dict[str, Any]] | None) -> str:
     return _table(["Benchmark", "Method", "Rate", "95 % interval", "n", "Judge"], table)
 
 
-def _settings_table(settings: dict[str, Any]) -> str:
+def settings_table(settings: dict[str, Any], what: str = "data (`pairs`: how many of each split)") -> str:
+    """The settings of a run, and its data in words, as a table."""
     if not settings:
         return "Not trained, or not recorded."
     # As JSON: a text of several lines would end the table
     values = [[f"`{name}`", json.dumps(value, ensure_ascii=False)] for name, value in settings.items()]
-    return "The data (`pairs`: how many of each split) and the settings:\n\n" + _table(["Setting", "Value"], values)
+    return f"The {what} and the settings:\n\n" + _table(["Setting", "Value"], values)
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:
