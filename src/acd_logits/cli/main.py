@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import __version__
-from . import anchors, chat, evaluate, explain, export_vllm, generate, push, serve, train
+from . import anchors, chat, distil, evaluate, explain, export_vllm, generate, push, serve, train
 from .command import Command, CommandParser, run_command
 
 COMMANDS: dict[str, Command] = {
@@ -12,6 +12,7 @@ COMMANDS: dict[str, Command] = {
     "explain": explain,
     "anchors": anchors,
     "train": train,
+    "distil": distil,
     "evaluate": evaluate,
     "push": push,
     "export-vllm": export_vllm,
