@@ -39,6 +39,7 @@ from transformers import (
 from acd_logits import PromptPair
 from acd_logits.cli import main
 from acd_logits.pairs import PairConfig
+from acd_logits.pairs.distilled import DistilledPrompt
 
 torch.set_num_threads(1)
 
@@ -151,6 +152,13 @@ def build_key_value_pair(n_s=7, n_a=4, seed=1, scale=2.0, sizes=(3, 2, 8), **con
     layers, heads, size = sizes
     prompts = [(torch.randn(n, layers, 2, heads, size, generator=generator) * scale).to(DEVICE) for n in (n_s, n_a)]
     return PromptPair(*prompts, PairConfig(prompt_type="key_value", **config))
+
+
+def build_distilled(seed=1, scale=2.0, sizes=(3, 2, 8), **facts):
+    """A random key-value prompt as a distillation leaves it, which nobody trained."""
+    prompt = build_key_value_pair(seed=seed, scale=scale, sizes=sizes).safeguarding.cpu()
+    teacher = {"pair": "org/pair", "pair_digest": "0" * 16, "alpha": 0.4, "beta": 0.2}
+    return DistilledPrompt(prompt, {"teacher": teacher, "training": {}, "results": {}, **facts})
 
 
 def build_batch(lengths=(11, 7, 10), seed=3):

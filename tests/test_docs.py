@@ -223,6 +223,14 @@ def test_options_of_training():
     assert documented("acd-logits train", [f"--{name}" for name in names]) == []
 
 
+def test_options_of_distillation():
+    from acd_logits.training.distil import DistilArguments, DistilTrainingArguments
+
+    names = [field.name for field in dataclasses.fields(DistilArguments)]
+    names += [name for name in vars(DistilTrainingArguments)["__annotations__"] if not name.startswith("_")]
+    assert documented("acd-logits distil", [f"--{name}" for name in names]) == []
+
+
 # -- links, limits ------------------------------------------------------------------------------------------------
 
 

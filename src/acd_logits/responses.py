@@ -64,7 +64,7 @@ def generate_responses(
     """Continue the prompts, taking the likeliest tokens.
 
     Args:
-        model: the model, in eval mode.
+        model: the model, in eval mode; also a PeftModel.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt.
         processor: the contrast; `None` generates plainly.
@@ -79,7 +79,8 @@ def generate_responses(
         ValueError: a prompt and its response do not fit into the model's context.
     """
     pair = processor.pair if processor else None
-    soft = max(len(pair.safeguarding), len(pair.adversarial)) if pair else 0
+    adapter = getattr(model, "active_peft_config", None)  # of a PeftModel
+    soft = max(len(pair.safeguarding), len(pair.adversarial)) if pair else getattr(adapter, "num_virtual_tokens", 0)
     check_context(model, soft + max(map(len, prompts), default=0) + max_new_tokens)
     # Prompts of one length make no padding. The longest first: if memory does not suffice, it shows at once
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))

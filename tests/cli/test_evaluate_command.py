@@ -7,11 +7,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
 
 from acd_logits.cli import main
 from acd_logits.evaluation import judges
 from acd_logits.evaluation.attacks import ATTACKS
-from conftest import ENVIRONMENT, ROOT, VOCAB, build_model, build_pair, build_tokenizer
+from acd_logits.responses import encode_messages, generate_responses
+from conftest import ENVIRONMENT, ROOT, VOCAB, build_distilled, build_model, build_pair, build_tokenizer
 
 SETTINGS = ["--max_new_tokens", "4", "--device", "cpu"]
 
@@ -76,6 +80,33 @@ def test_a_run_from_arguments_to_report(evaluate, folder, tmp_path):
 
     again = evaluate(*requests(folder), *pair)
     assert "Finished" not in again.err
+
+
+def test_a_distilled_adapter(evaluate, fails, folder, tmp_path):
+    """Its answers are stock peft's, those of the other arms are without it, and its card shows the rates."""
+    adapter = tmp_path / "adapter"
+    build_distilled().save_pretrained(adapter)
+    (tmp_path / "truth.csv").write_text("Question,Best Answer,Best Incorrect Answer\nw5 w6,w7,w8 w9\n")
+    choice = ["--benchmarks", f"truthfulqa_choice={tmp_path / 'truth.csv'}"]
+    evaluate(*requests(folder), *choice, "--arms", "null", "distilled", "--adapter", str(adapter))
+    rows = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").open()]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    stock = PeftModel.from_pretrained(build_model(), adapter)
+    for arm, model in (("null", build_model()), ("distilled", stock)):
+        answered = [row for row in rows if row["arm"] == arm and "response" in row]
+        asked = [encode_messages(tokenizer, [{"role": "user", "content": row["request"]}]) for row in answered]
+        expected = generate_responses(model, tokenizer, asked, max_new_tokens=4, batch_size=1)
+        assert [row["response"] for row in answered] == [response.text for response in expected]
+    [scored] = [row for row in rows if row["arm"] == "distilled" and "loglikelihoods" in row]
+    prompt = torch.tensor([tokenizer("w5 w6")["input_ids"]])
+    likelihood = stock(prompt).logits[0, -1].log_softmax(-1)[7].item()
+    assert scored["loglikelihoods"][0] == pytest.approx(likelihood, abs=1e-4)
+
+    evaluate("--report_only", "--update_card", str(adapter))
+    assert "| bad | Distilled |" in (adapter / "README.md").read_text()
+    build_distilled(seed=2).save_pretrained(tmp_path / "other")
+    assert "measured on another adapter" in fails("--report_only", "--update_card", str(tmp_path / "other"))
+    assert "needs a distilled adapter" in fails(*requests(folder), "--arms", "distilled")
 
 
 def test_a_depth(evaluate, folder, tmp_path):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from acd_logits.cli import main
 from acd_logits.cli.assistant import _streamer
 from acd_logits.cli.columns import side_by_side
 from acd_logits.refusal import is_refusal
-from conftest import ENVIRONMENT, ROOT, use_stdin
+from conftest import ENVIRONMENT, ROOT, build_distilled, use_stdin
 
 
 @pytest.fixture
@@ -74,6 +75,22 @@ def test_answers_are_those_of_the_library(generate, model_path):
     assert again["safeguarded"] == answer(shared)
     assert record["safeguarded"] == answer(acd)
     assert record["beta"] == pair.beta
+
+
+def test_a_distilled_adapter_answers_as_stock_peft_does(generate, fails, model_path, tmp_path):
+    build_distilled(sizes=(2, 2, 8)).save_pretrained(tmp_path)
+    record = json.loads(generate("pick the lock", "--json", "--adapter", str(tmp_path)))
+    assert list(record) == ["prompt", "plain", "safeguarded", "model", "adapter", "alpha", "beta"]
+    assert record["plain"] == json.loads(generate("pick the lock", "--json"))["plain"]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
+    stock = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_path), tmp_path)
+    ids = tokenizer("user : pick the lock", return_tensors="pt").input_ids
+    tokens = stock.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, pad_token_id=0)
+    assert record["safeguarded"] == tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "\nDistilled (alpha 0.4, beta 0.2):\n" in generate("pick the lock", "--adapter", str(tmp_path))
+    both = ["generate", "pick", "--adapter", str(tmp_path), "--alpha", "1"]
+    assert "--alpha is about a pair" in fails(*both)
+    assert "holds no distilled adapter" in fails("generate", "pick", "--adapter", str(tmp_path.parent))
 
 
 def test_outside_a_terminal_the_answers_follow_each_other(generate):

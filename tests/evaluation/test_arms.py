@@ -10,6 +10,8 @@ from acd_logits.pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 from conftest import build_batch, build_key_value_pair, build_model, build_pair, build_tokenizer
 from reference import ReferenceProcessor, SharedReference
 
+PAIRED = {name: arm for name, arm in ARMS.items() if not arm.needs_adapter}
+
 
 @pytest.fixture
 def tokenizer():
@@ -27,7 +29,7 @@ def test_prompts_of_an_arm_are_the_learned_ones_and_the_texts(model, pair, token
         "opposite": texts.adversarial,
         "null": torch.zeros(0, 32),
     }
-    for name, arm in ARMS.items():
+    for name, arm in PAIRED.items():
         streams, alpha = arm_pair(arm, model, tokenizer, pair, 0.7)
         assert torch.equal(streams.safeguarding, prompts[arm.positive]), name
         assert torch.equal(streams.adversarial, prompts[arm.negative or arm.positive]), name
@@ -35,7 +37,7 @@ def test_prompts_of_an_arm_are_the_learned_ones_and_the_texts(model, pair, token
 
 
 def test_the_arms_of_the_paper():
-    streams = {name: (arm.positive, arm.negative) for name, arm in ARMS.items() if not arm.transform}
+    streams = {name: (arm.positive, arm.negative) for name, arm in PAIRED.items() if not arm.transform}
     assert streams == {
         "base": ("safe", None),
         "null": ("null", None),
@@ -50,7 +52,7 @@ def test_the_arms_of_the_paper():
         "sp-null": ("sp", "null"),
         "sp-opposite": ("sp", "opposite"),
     }
-    assert {name for name, arm in ARMS.items() if not arm.needs_pair} == {
+    assert {name for name, arm in PAIRED.items() if not arm.needs_pair} == {
         "base", "null", "opposite", "nid", "oid", "self-reminder", "icd",
     }  # fmt: skip
 
@@ -58,7 +60,7 @@ def test_the_arms_of_the_paper():
 def test_a_shared_instruction_is_for_learned_prompts(model, tokenizer):
     for trained, asked in ((True, None), (False, True)):
         pair = build_pair(share_instruction_kv=trained)
-        for name, arm in ARMS.items():
+        for name, arm in PAIRED.items():
             acd = arm_processor(arm, model, tokenizer, pair, share_instruction_kv=asked)
             assert isinstance(acd.streams, SharedStreams) == arm.needs_pair, name
 
@@ -74,7 +76,7 @@ def test_arms_of_key_value_prompts(model, tokenizer):
         "opposite": texts.adversarial,
         "null": torch.zeros(0, 3, 2, 2, 8),
     }
-    for name, arm in ARMS.items():
+    for name, arm in PAIRED.items():
         streams, alpha = arm_pair(arm, model, tokenizer, pair)
         assert alpha == (0.4 if arm.negative else 0.0)
         assert streams.config.share_instruction_kv == arm.needs_pair, name
@@ -154,3 +156,11 @@ def test_unknown_arms_and_missing_pairs():
     with pytest.raises(ValueError, match="the arm 'safe-ap' needs a learned pair"):
         check_arms(["oid", "safe-ap"], has_pair=False)
     check_arms(["oid", "icd"], has_pair=False)
+
+
+def test_a_distilled_adapter_is_no_pair(model, tokenizer):
+    check_arms(["distilled"], has_pair=False, has_adapter=True)
+    with pytest.raises(ValueError, match="the arm 'distilled' needs a distilled adapter"):
+        check_arms(["distilled"], has_pair=True)
+    with pytest.raises(ValueError, match="generate with its PeftModel"):
+        arm_processor(ARMS["distilled"], model, tokenizer, build_key_value_pair())

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from acd_logits import ACDLogitsProcessor, PromptPair, cli
-from conftest import PAIR_FILES, VOCAB, build_batch, build_key_value_pair, build_model, build_pair
+from conftest import PAIR_FILES, VOCAB, build_batch, build_distilled, build_key_value_pair, build_model, build_pair
 from hub_server import Hub
 
 SCRIPT_FILES = ["custom_generate/generate.py", "custom_generate/requirements.txt"]
@@ -369,6 +369,20 @@ def test_the_command_pushes_and_keeps_the_token_to_itself(client, hub, folder):
     card = repo.files("main")["README.md"].decode()
     assert "license: apache-2.0\n" in card
     assert 'PromptPair.from_pretrained("org/pair")' in card
+
+
+def test_the_command_pushes_a_distilled_adapter(client, hub, tmp_path):
+    build_distilled(base_model_name_or_path="org/tiny").save_pretrained(tmp_path)
+    (tmp_path / "teacher.jsonl").write_text("what the pair said stays at home")
+    arguments = ["push", "--adapter", str(tmp_path), "--hub_model_id", "org/distilled", "--token", "hf_writer"]
+    code, _, err = client(command, *arguments)
+    assert code == 0, err
+    files = hub.repos["org/distilled"].files("main")
+    assert {"README.md", "acd_distilled.json", "adapter_config.json", "adapter_model.safetensors"} == {
+        name for name in files if name != ".gitattributes"
+    }
+    assert '"org/distilled")' in files["README.md"].decode()
+    assert hub.repos["org/distilled"].private
 
 
 def test_the_command_takes_a_card_of_the_users_own(client, hub, folder):

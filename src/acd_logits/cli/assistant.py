@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .command import CommandError, user_errors
-from .loading import load_model, load_pair
+from .loading import load_adapter, load_model, load_pair
 from .options import (
     above_zero,
     add_contrast_arguments,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..decoding.explanation import Explanation
@@ -52,11 +53,14 @@ def add_assistant_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Assistant:
-    """A loaded model and what it generates with."""
+    """A loaded model and what it generates with.
+
+    What safeguards an answer is the contrast of a pair, or a distilled adapter, behind which the model is once more.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    acd: ACDLogitsProcessor
+    safeguard: ACDLogitsProcessor | PeftModel
     alpha: float
     beta: float
     seed: int | None
@@ -71,16 +75,18 @@ class Assistant:
     ) -> str:
         """Generate the next turn; `on_text` receives it piece by piece, without control characters."""
         import torch
+        from peft import PeftModel
 
         inputs = self._encode(conversation)
         if self.seed is not None:
             # Before each answer: the plain and the safeguarded one draw the same random numbers, and an answer does
             # not depend on the prompts before it.
             torch.manual_seed(self.seed)
-        tokens = self.model.generate(
+        by_adapter = safeguarded and isinstance(self.safeguard, PeftModel)
+        tokens = (self.safeguard if by_adapter else self.model).generate(
             **inputs,
             **self.generation_settings,
-            logits_processor=[self.acd] if safeguarded else [],
+            logits_processor=[self.safeguard] if safeguarded and not by_adapter else [],
             streamer=_streamer(self.tokenizer, on_text) if on_text else None,
         )
         return self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -92,7 +98,7 @@ class Assistant:
         if self.seed is not None:
             torch.manual_seed(self.seed)
         inputs = self._encode([{"role": "user", "content": prompt}])
-        [explanation] = self.acd.explain(
+        [explanation] = self.safeguard.explain(
             **inputs, **self.generation_settings, tokenizer=self.tokenizer, num_candidates=num_candidates
         )
         return replace(explanation, prompt=prompt)  # without the chat template
@@ -108,10 +114,14 @@ class Assistant:
         return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
-def load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = False) -> Assistant:
-    """Load pair, tokenizer and model, in this order: what is quickly found to be wrong comes first."""
+def load_assistant(
+    args: argparse.Namespace, *, needs_chat_template: bool = False, adapter: str | None = None
+) -> Assistant:
+    """Load pair or adapter, tokenizer and model, in this order: what is quickly found to be wrong comes first."""
     if not args.do_sample and (args.temperature is not None or args.top_p is not None):
         raise CommandError("--temperature and --top_p need --do_sample")
+    if adapter:
+        return _load_distilled(args, needs_chat_template, adapter)
 
     from ..decoding.logits_process import ACDLogitsProcessor
     from ..pairs.prompt_pair import PromptPair
@@ -137,6 +147,26 @@ def load_assistant(args: argparse.Namespace, *, needs_chat_template: bool = Fals
         acd,
         alpha=pair.alpha if args.alpha is None else args.alpha,
         beta=pair.beta if args.beta is None else args.beta,
+        seed=args.seed,
+        generation_settings=_generation_settings(args, tokenizer),
+    )
+
+
+def _load_distilled(args: argparse.Namespace, needs_chat_template: bool, adapter: str) -> Assistant:
+    from ..pairs.distilled import DistilledPrompt
+
+    for name in ("pair", "revision", "alpha", "beta", "horizon", "share_instruction_kv"):
+        if getattr(args, name) is not None:
+            raise CommandError(f"--{name} is about a pair, and an adapter has learned its contrast: leave one out")
+    with user_errors(OSError, ValueError):
+        distilled = DistilledPrompt.from_pretrained(adapter)
+    model, tokenizer = load_model(args, needs_chat_template=needs_chat_template)
+    return Assistant(
+        model,
+        tokenizer,
+        load_adapter(model, adapter, distilled),
+        alpha=distilled.facts["teacher"]["alpha"],
+        beta=distilled.facts["teacher"]["beta"],
         seed=args.seed,
         generation_settings=_generation_settings(args, tokenizer),
     )

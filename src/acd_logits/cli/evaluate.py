@@ -14,8 +14,9 @@ from ..evaluation.attacks import ATTACKS
 from ..evaluation.benchmarks import KNOWN
 from ..pairs.texts import MANUAL_TEXTS
 from .command import CommandError, note, show, user_errors
-from .loading import load_model, load_pair, pair_name
+from .loading import load_adapter, load_model, load_pair, pair_name
 from .options import (
+    add_adapter_argument,
     add_batch_argument,
     add_device_arguments,
     add_length_argument,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..evaluation.comparison import Decoding
     from ..evaluation.judges import Judge
     from ..evaluation.results import Cell, ResultsFolder
+    from ..pairs.distilled import DistilledPrompt
     from ..pairs.prompt_pair import PromptPair
 
 SUMMARY = "measure harmless rate, over-refusal and fluency"
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and prompt pair")
     add_model_argument(model)
     add_pair_arguments(model)
+    add_adapter_argument(model)
     model.add_argument(
         "--transfer", action="store_true", help="accept a pair that was made for another model of this hidden size"
     )
@@ -90,7 +93,7 @@ def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         "--update_card",
         type=Path,
         metavar="FOLDER",
-        help="write the rates into the config and the model card of the pair in this folder",
+        help="write the rates into the config and the model card of the pair, or of the adapter, in this folder",
     )
 
 
@@ -100,7 +103,8 @@ def _add_cell_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         metavar="ARM",
-        help=f"compare some of {', '.join(ARMS)} (default: base oid, and with a pair sp ap acd)",
+        help=f"compare some of {', '.join(ARMS)} (default: base oid, with a pair sp ap acd, and with "
+        "an adapter distilled)",
     )
     cells.add_argument(
         "--alphas", nargs="+", type=finite, help="contrast with each of these strengths (default: the pair's)"
@@ -178,15 +182,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _update_card(folder: Path, results: ResultsFolder) -> None:
-    """Write what was measured into the config and the card of the pair in a folder."""
+    """Write what was measured into the config and the card of the pair, or the adapter, in a folder."""
     from ..evaluation.summary import card_results, summarise
+    from ..pairs.distilled import FACTS_NAME, DistilledPrompt
     from ..pairs.prompt_pair import PromptPair
 
-    pair = PromptPair.from_pretrained(folder)
-    if pair.digest != results.run["settings"]["pair_digest"]:
-        raise ValueError(f"{results.path} was measured on another pair than the one in {folder}")
-    config = dataclasses.replace(pair.config, results=card_results(summarise(results)))
-    PromptPair(pair.safeguarding, pair.adversarial, config).save_pretrained(folder)
+    distilled = (folder / FACTS_NAME).is_file()
+    kind, source = ("adapter", DistilledPrompt) if distilled else ("pair", PromptPair)
+    old: Any = source.from_pretrained(folder)
+    if old.digest != results.run["settings"].get(f"{kind}_digest"):
+        raise ValueError(f"{results.path} was measured on another {kind} than the one in {folder}")
+    rates = card_results(summarise(results))
+    if distilled:
+        DistilledPrompt(old.prompt, old.facts | {"results": rates}).save_pretrained(folder)
+    else:
+        config = dataclasses.replace(old.config, results=rates)
+        PromptPair(old.safeguarding, old.adversarial, config).save_pretrained(folder)
     show(f"{folder}\n")
 
 
@@ -195,19 +206,21 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
     from ..evaluation import arms, benchmarks, comparison
     from ..evaluation.attacks import find_attacks
     from ..evaluation.results import ResultsFolder
+    from ..pairs.distilled import DistilledPrompt
 
     _check_evaluation(args)
     learned = pair_name(args) != MANUAL_TEXTS
-    names = args.arms or ["base", "oid", *(["sp", "ap", "acd"] if learned else [])]
+    names = args.arms or ["base", "oid", *["sp", "ap", "acd"] * learned, *["distilled"] * bool(args.adapter)]
     with user_errors(ImportError, OSError, RuntimeError, ValueError):
-        arms.check_arms(names, has_pair=learned)
+        arms.check_arms(names, has_pair=learned, has_adapter=bool(args.adapter))
         requests = [
             benchmarks.load_benchmark(spec, label, args.limit, args.seed) for spec, label in _benchmark_specs(args)
         ]
         attacks = find_attacks(list(ATTACKS) if args.attacks == [] else args.attacks or [], args.attack_files)
         pair = load_pair(args)
+        distilled = DistilledPrompt.from_pretrained(args.adapter) if args.adapter else None
         decoding = comparison.Decoding(args.max_new_tokens, args.batch_size, args.horizon, args.share_instruction_kv)
-        settings = _settings(args, pair, decoding)
+        settings = _settings(args, pair, distilled, decoding)
         results = ResultsFolder(args.output_dir, settings)
         results.register(requests, attacks)
         alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
@@ -220,6 +233,7 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
     model, tokenizer = load_model(args)
     if pair:
         pair.check_chat_template(tokenizer)
+    adapter = load_adapter(model, args.adapter, distilled) if distilled else None
     try:
         results.start(comparison.run_facts(_command_line(), str(model.device)))
         comparison.run_comparison(
@@ -231,6 +245,7 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
             judge,
             pair,
             decoding,
+            adapter=adapter,
             attacks=attacks,
             on_cell=_note_cell,
         )
@@ -257,7 +272,9 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise CommandError("--begun_tokens is more than an answer has: raise --max_new_tokens, or lower it")
 
 
-def _settings(args: argparse.Namespace, pair: PromptPair | None, decoding: Decoding) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace, pair: PromptPair | None, distilled: DistilledPrompt | None, decoding: Decoding
+) -> dict[str, Any]:
     """What results depend on, apart from the cell; checks the pair against the model on the way."""
     from transformers import AutoConfig
 
@@ -272,6 +289,8 @@ def _settings(args: argparse.Namespace, pair: PromptPair | None, decoding: Decod
         "dtype": args.dtype,
         "pair": pair_name(args) if pair else None,
         "pair_digest": pair.digest if pair else None,
+        "adapter": args.adapter,
+        "adapter_digest": distilled.digest if distilled else None,
         "transfer": foreign,
         "judge": args.judge,
         "judge_url": args.judge_url,

@@ -9,6 +9,7 @@ from .assistant import add_assistant_arguments, load_assistant
 from .columns import print_columns, terminal_shows_columns
 from .command import show
 from .loading import pair_name
+from .options import add_adapter_argument
 from .prompts import add_prompt_arguments, read_prompts
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `acd-logits generate`."""
     add_prompt_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt and line")
+    add_adapter_argument(parser)
     add_assistant_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -30,18 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer every prompt plainly and safeguarded, and print both answers."""
     prompts = read_prompts(args)
-    assistant = load_assistant(args)
+    assistant = load_assistant(args, adapter=args.adapter)
     for prompt in prompts:
         if args.json:
             _print_json(assistant, prompt, args)
         elif terminal_shows_columns():
-            print_columns(assistant, prompt, _labels(assistant))
+            print_columns(assistant, prompt, _labels(assistant, args))
         else:
-            _print_blocks(assistant, prompt)
+            _print_blocks(assistant, prompt, _labels(assistant, args))
 
 
-def _labels(assistant: Assistant) -> tuple[str, str]:
-    return "Plain", f"Safeguarded (alpha {assistant.alpha:g}, beta {assistant.beta:g})"
+def _labels(assistant: Assistant, args: argparse.Namespace) -> tuple[str, str]:
+    how = "Distilled" if args.adapter else "Safeguarded"
+    return "Plain", f"{how} (alpha {assistant.alpha:g}, beta {assistant.beta:g})"
 
 
 def _print_json(assistant: Assistant, prompt: str, args: argparse.Namespace) -> None:
@@ -51,16 +54,16 @@ def _print_json(assistant: Assistant, prompt: str, args: argparse.Namespace) -> 
         "plain": assistant.answer(conversation, safeguarded=False),
         "safeguarded": assistant.answer(conversation, safeguarded=True),
         "model": args.model_name_or_path,
-        "pair": pair_name(args),
+        **({"adapter": args.adapter} if args.adapter else {"pair": pair_name(args)}),
         "alpha": assistant.alpha,
         "beta": assistant.beta,
     }
     show(json.dumps(record) + "\n")
 
 
-def _print_blocks(assistant: Assistant, prompt: str) -> None:
+def _print_blocks(assistant: Assistant, prompt: str, labels: tuple[str, str]) -> None:
     show(f"Prompt: {prompt}\n\n")
-    for safeguarded, label in enumerate(_labels(assistant)):
+    for safeguarded, label in enumerate(labels):
         show(f"{label}:\n")
         assistant.answer([{"role": "user", "content": prompt}], safeguarded=bool(safeguarded), on_text=show)
         show("\n\n")

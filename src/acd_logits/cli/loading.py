@@ -12,8 +12,10 @@ from .command import CommandError, note, user_errors
 if TYPE_CHECKING:
     import argparse
 
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..pairs.distilled import DistilledPrompt
     from ..pairs.prompt_pair import PromptPair
 
 
@@ -36,6 +38,16 @@ def load_pair(args: argparse.Namespace) -> PromptPair | None:
     if name == MANUAL_TEXTS:
         return None
     return PromptPair.from_pretrained(resolve_pair_name(name), revision=args.revision)
+
+
+def load_adapter(model: PreTrainedModel, name: str, distilled: DistilledPrompt) -> PeftModel:
+    """The model behind a distilled adapter, by stock peft; the model itself stays as it is."""
+    from peft import PeftModel
+
+    with user_errors(ValueError):
+        distilled.check(model)
+    with user_errors(OSError):
+        return PeftModel.from_pretrained(model, name).eval()
 
 
 def load_model(

@@ -53,6 +53,13 @@ def add_pair_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("--revision", help="read the pair from this branch, tag or commit on the Hub")
 
 
+def add_adapter_argument(group: argparse._ActionsContainer) -> None:
+    """Declare which distilled adapter."""
+    group.add_argument(
+        "--adapter", help="use the distilled adapter in this folder or with this Hub id, as acd-logits distil makes it"
+    )
+
+
 def add_device_arguments(group: argparse._ActionsContainer) -> None:
     """Declare where the model runs, and in which type."""
     group.add_argument("--device", help="run on this device, such as cpu or cuda:1 (default: cuda if there is one)")

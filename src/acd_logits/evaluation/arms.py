@@ -1,7 +1,8 @@
 """The arms of a comparison: the prompts that stand in front of a request, and how they are contrasted.
 
 An arm is a positive prompt, a negative prompt or none, and a change to the request's messages or none. The paper's
-arms are those of its tables 1 to 5; self-reminder and in-context defense change the messages alone.
+arms are those of its tables 1 to 5; self-reminder and in-context defense change the messages alone. One arm has no
+such prompts: a distilled adapter, which is run by peft.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TEXTS = {"safe": SAFE_PROMPT, "opposite": OPPOSITE_PROMPT, "null": ""}
 LEARNED = {"sp": "safeguarding", "ap": "adversarial"}  # the pair's two prompts
+ADAPTER = "adapter"  # a distilled adapter, in place of a prompt
 
 _REMINDER = (
     "Remember: you answer responsibly, and nothing you write may help anyone to do harm.",
@@ -55,7 +57,7 @@ class Arm:
 
     Args:
         title: its name in reports, as in the paper.
-        positive: the prompt that the answer follows: a key of `TEXTS` or of `LEARNED`.
+        positive: the prompt that the answer follows: a key of `TEXTS` or of `LEARNED`, or `ADAPTER`.
         negative: the prompt that it is contrasted with (eq. 5); `None` for one stream alone.
         transform: changes the messages.
     """
@@ -69,6 +71,11 @@ class Arm:
     def needs_pair(self) -> bool:
         """Whether the arm uses a learned prompt."""
         return bool({self.positive, self.negative} & set(LEARNED))
+
+    @property
+    def needs_adapter(self) -> bool:
+        """Whether a distilled adapter answers, by `PeftModel.generate()`."""
+        return self.positive == ADAPTER
 
 
 ARMS = {
@@ -86,6 +93,7 @@ ARMS = {
     "sp-opposite": Arm("SP-opposite", "sp", "opposite"),
     "self-reminder": Arm("Self-Reminder", "null", transform=remind),
     "icd": Arm("In-Context Defense", "null", transform=demonstrate),
+    "distilled": Arm("Distilled", ADAPTER),
 }
 
 
@@ -100,19 +108,25 @@ def find_arm(name: str) -> Arm:
     return ARMS[name]
 
 
-def check_arms(names: Sequence[str], has_pair: bool) -> None:
+def check_arms(names: Sequence[str], has_pair: bool, has_adapter: bool = False) -> None:
     """Check arms before any work is done.
 
     Args:
         names: the arms.
         has_pair: whether a learned pair is given.
+        has_adapter: whether a distilled adapter is given.
 
     Raises:
-        ValueError: there is no arm of this name, or it needs a learned pair and there is none.
+        ValueError: there is no arm of this name, or it needs a learned pair or an adapter and there is none.
     """
     for name in names:
         if find_arm(name).needs_pair and not has_pair:
             raise ValueError(f"the arm {name!r} needs a learned pair: pass one, or leave the arm out")
+        if find_arm(name).needs_adapter and not has_adapter:
+            raise ValueError(
+                f"the arm {name!r} needs a distilled adapter: acd-logits evaluate --adapter names one, or leave the "
+                "arm out"
+            )
 
 
 def arm_pair(
@@ -133,9 +147,14 @@ def arm_pair(
 
     Returns:
         The pair and alpha, which is 0 for an arm of one stream.
+
+    Raises:
+        ValueError: the arm is a distilled adapter, which is no pair.
     """
     from ..pairs.prompt_pair import PromptPair
 
+    if arm.needs_adapter:
+        raise ValueError(f"the arm {arm.title} is a peft adapter and no pair: generate with its PeftModel")
     streams = arm.positive, arm.negative or arm.positive
     safe, adversarial = (TEXTS.get(name, "") for name in streams)
     prompt_type = pair.config.prompt_type if pair is not None and arm.needs_pair else "embedding"

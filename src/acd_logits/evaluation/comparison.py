@@ -26,6 +26,7 @@ from .results import Cell, cell_of, may_begin
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..decoding.logits_process import ACDLogitsProcessor
@@ -148,6 +149,7 @@ def run_comparison(
     pair: PromptPair | None = None,
     decoding: Decoding = Decoding(),
     *,
+    adapter: PeftModel | None = None,
     attacks: Mapping[str, Attack] = MappingProxyType({}),
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
@@ -162,6 +164,7 @@ def run_comparison(
         judge: gives a verdict on each response to a harmful request.
         pair: the learned pair, for the arms that need one.
         decoding: how requests are answered.
+        adapter: the model behind a distilled adapter, for the arm that needs one.
         attacks: those of the cells, by name.
         on_cell: is told each cell that is finished.
 
@@ -179,21 +182,23 @@ def run_comparison(
         for cell in missing:
             arm, asked = ARMS[cell.arm], _asked(results, named[cell.benchmark], cell, attacks)
             prompts = [_prompt(tokenizer, question.messages, arm.transform) + question.begun for question in asked]
-            processor = arm_processor(
-                arm,
-                model,
-                tokenizer,
-                pair,
-                alpha=cell.alpha,
-                beta=cell.beta,
-                horizon=decoding.horizon,
-                share_instruction_kv=decoding.share_instruction_kv,
-            )
+            processor = None
+            if not arm.needs_adapter:
+                processor = arm_processor(
+                    arm,
+                    model,
+                    tokenizer,
+                    pair,
+                    alpha=cell.alpha,
+                    beta=cell.beta,
+                    horizon=decoding.horizon,
+                    share_instruction_kv=decoding.share_instruction_kv,
+                )
             if any(question.request.choices for question in asked):
-                rows = _score(tokenizer, processor, asked, prompts, on_batch=progress.update)
+                rows = _score(tokenizer, processor or adapter, asked, prompts, on_batch=progress.update)
             else:
                 responses = generate_responses(
-                    model,
+                    model if processor else adapter,
                     tokenizer,
                     prompts,
                     processor,
@@ -249,7 +254,7 @@ def _prompt(
 
 def _score(
     tokenizer: PreTrainedTokenizerBase,
-    processor: ACDLogitsProcessor,
+    acd: ACDLogitsProcessor | PeftModel,
     asked: Sequence[_Question],
     prompts: Sequence[list[int]],
     on_batch: Callable[[int], None],
@@ -260,7 +265,7 @@ def _score(
     for question, prompt in zip(asked, prompts, strict=True):
         choices = question.request.choices or ()
         ids = [tokenizer(space + choice, add_special_tokens=False)["input_ids"] for choice in choices]
-        better, worse = (loglikelihood for loglikelihood, _ in response_loglikelihoods(processor, prompt, ids))
+        better, worse = (loglikelihood for loglikelihood, _ in response_loglikelihoods(acd, prompt, ids))
         rows.append(
             {
                 "label": question.request.label,

@@ -16,7 +16,6 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
-from peft import PeftModel
 
 from ..files import read_json, write_text
 from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, prompt_sizes, save_adapter
@@ -57,9 +56,7 @@ class DistilledPrompt:
         return hashlib.sha256(self.prompt.float().contiguous().numpy().tobytes()).hexdigest()[:16]
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str], revision: str | None = None, token: str | None = None
-    ) -> DistilledPrompt:
+    def from_pretrained(cls, name: str | os.PathLike[str]) -> DistilledPrompt:
         """Read one from a folder or the Hub.
 
         Raises:
@@ -69,7 +66,7 @@ class DistilledPrompt:
         folder = Path(name)
         if not folder.is_dir():
             files = [*ADAPTER_FILES, FACTS_NAME]
-            folder = download(str(name), allow_patterns=files, revision=revision, token=token)
+            folder = download(str(name), allow_patterns=files, revision=None)
         if not (folder / FACTS_NAME).is_file():
             raise OSError(f"{name} holds no distilled adapter: {FACTS_NAME} is missing.")
         facts = read_json(folder / FACTS_NAME)
@@ -168,11 +165,3 @@ class DistilledPrompt:
             over_refusal=results_table(facts["results"].get("over_refusal")),
             training=settings_table(facts["training"], "data (`prompts`: how many)"),
         )
-
-
-def load_peft_model(model: PreTrainedModel, name: str, revision: str | None = None) -> PeftModel:
-    """The model behind the adapter of a folder or of the Hub, which was checked before.
-
-    The model itself stays as it is: `PeftModel.generate()` alone has the prompt.
-    """
-    return PeftModel.from_pretrained(model, name, revision=revision).eval()

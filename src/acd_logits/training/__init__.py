@@ -11,11 +11,12 @@ SP, AP and their contrast are trained together, in front of the frozen model, by
     loss.py          L_S (eq. 3), L_A (eq. 4) and L_C, of their contrast (eq. 5)
     trainer.py       steps, evaluations, the log
     run.py           the run, and the pair that it leaves behind
+    distil.py, distil_data.py, distil_model.py  a pair's contrast as one prompt
 """
 
 from __future__ import annotations
 
-from .arguments import OPOArguments, OPOTrainingArguments, parse_arguments
+from .arguments import OPOArguments, OPOTrainingArguments, RunArguments, parse_arguments
 from .data import AnchorExamples, collate, encode_anchors, encode_example
 from .loss import TERMS, joint_loss, opo_loss
 from .model import OPOModel, place_soft_prompt
@@ -33,6 +34,7 @@ __all__ = [
     "OPOTrainer",
     "OPOTrainingArguments",
     "Run",
+    "RunArguments",
     "collate",
     "encode_anchors",
     "encode_example",

@@ -91,7 +91,7 @@ def load_prompts(
 
 def _distinct(examples: Iterable[Example]) -> list[Example]:
     """One example for each prompt, in two splits: of harmful instructions, and of safe ones."""
-    kept = {}
+    kept: dict[tuple[int, ...], Example] = {}
     for example in examples:
         split = "D_S" if SPLITS[example["split"]] == "D_S" else "D_HR"
         empty = {"response": [], "opening": 0, "avoid_until": 0, "split": SPLITS.index(split)}
