@@ -27,7 +27,9 @@ class InstructionCache:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+        # Of each row what its chat template begins with, which many rows have in common, and the rest
+        self._kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._beginnings: dict[tuple[int, ...], torch.Tensor] = {}
         self._bytes = 0
         self._devices: list[torch.device] = []  # of the layers
 
@@ -38,16 +40,10 @@ class InstructionCache:
             instructions: B rows of token ids; a row may be empty.
         """
         new = sorted({row for row in instructions if row and row not in self._kept}, key=len)
-        found: dict[tuple[int, ...], torch.Tensor] = {}
+        parts = {row: self._kept[row] for row in instructions if row in self._kept}
         for start in range(0, len(new), TOGETHER):  # rows of like length make little padding
-            found |= dict(
-                zip(new[start : start + TOGETHER], self._compute(new[start : start + TOGETHER]), strict=True)
-            )
-        for row, states in found.items():
-            if self._bytes + states.nbytes <= CACHE_BYTES:
-                self._kept[row] = states
-                self._bytes += states.nbytes
-        found |= {row: self._kept[row] for row in instructions if row in self._kept}
+            parts |= self._compute_and_keep(new[start : start + TOGETHER])
+        found = {row: torch.cat(halves) for row, halves in parts.items()}
         if not found:  # prompts of one token
             return []
         nothing = next(iter(found.values()))[:0]
@@ -56,9 +52,28 @@ class InstructionCache:
         devices = zip(halves, self._devices, strict=True)
         return [(keys.to(device), values.to(device)) for (keys, values), device in devices]
 
+    def _compute_and_keep(
+        self, rows: Sequence[tuple[int, ...]]
+    ) -> dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]]:
+        """The states of each row's beginning and rest, kept as long as there is room."""
+        beginning, rests = self._compute(rows)
+        common = rows[0][: len(beginning)]
+        beginning = self._beginnings.get(common, beginning)
+        parts = {row: (beginning, rest) for row, rest in zip(rows, rests, strict=True)}
+        for row, (_, rest) in parts.items():
+            needed = rest.nbytes + (0 if common in self._beginnings else beginning.nbytes)
+            if self._bytes + needed <= CACHE_BYTES:
+                self._kept[row], self._beginnings[common] = parts[row], beginning
+                self._bytes += needed
+        return parts
+
     @torch.no_grad()
-    def _compute(self, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-        """The states of each row, `[tokens, layers, 2, heads, head_dim]`; what all rows begin with is run once."""
+    def _compute(self, rows: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The states of what all rows begin with, which is run once, and those of the rest of each row.
+
+        Returns:
+            `[tokens, layers, 2, heads, head_dim]` each.
+        """
         device = self.model.device
         common = common_length(rows)
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
@@ -80,7 +95,9 @@ class InstructionCache:
             ],
             2,
         )
-        return [row_states[: len(row)].clone() for row, row_states in zip(rows, states, strict=True)]
+        # Copies: a slice would keep the whole batch in memory
+        rests = [row_states[common : len(row)].clone() for row, row_states in zip(rows, states, strict=True)]
+        return states[0, :common].clone(), rests
 
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:
