@@ -184,6 +184,8 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
     [
         (["--arms", "adc"], "there is no arm 'adc': choose from base"),
         (["--arms", "acd"], "the arm 'acd' needs a learned pair"),
+        (["--arms", "base", "lora"], "the arm 'lora' needs the folder that scripts/train_rivals.py writes"),
+        (["--rivals", "{folder}/absent"], "absent holds no rivals"),
         (["--benchmarks", "advbanch"], "there is no benchmark 'advbanch'"),
         (["--harmful", "{folder}/bad.csv"], "bad.csv has none of the columns"),
         (["--harmful", "{folder}/bad.csv:aim"], "bad.csv has no column 'aim': name one of id, wish"),

@@ -10,7 +10,7 @@ from acd_logits.pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 from conftest import build_batch, build_key_value_pair, build_model, build_pair, build_tokenizer
 from reference import ReferenceProcessor, SharedReference
 
-PAIRED = {name: arm for name, arm in ARMS.items() if not arm.needs_adapter}
+PAIRED = {name: arm for name, arm in ARMS.items() if not (arm.needs_adapter or arm.rival)}
 
 
 @pytest.fixture
@@ -156,6 +156,14 @@ def test_unknown_arms_and_missing_pairs():
     with pytest.raises(ValueError, match="the arm 'safe-ap' needs a learned pair"):
         check_arms(["oid", "safe-ap"], has_pair=False)
     check_arms(["oid", "icd"], has_pair=False)
+
+
+def test_rivals_come_from_their_folder(model, tokenizer):
+    with pytest.raises(ValueError, match=r"the arm 'lora' needs the folder .+ pass it .+ as --rivals FOLDER"):
+        check_arms(["base", "lora"], has_pair=True)
+    check_arms(["base", "lora"], has_pair=False, has_rivals=True)
+    with pytest.raises(ValueError, match="CAST is no prompt pair"):
+        arm_processor(ARMS["cast"], model, tokenizer)
 
 
 def test_a_distilled_adapter_is_no_pair(model, tokenizer):

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from acd_logits.evaluation import arms, comparison
+from acd_logits import responses
+from acd_logits.evaluation import arms
 from acd_logits.evaluation.attacks import ATTACKS, find_attacks
 from acd_logits.evaluation.benchmarks import Benchmark, Request, load_benchmark
 from acd_logits.evaluation.changes import render_comparison
@@ -132,7 +133,7 @@ def test_harmful_requests_are_asked_under_attack_and_safe_ones_plainly(tokenizer
         asked.append([message["content"] for message in messages])
         return encode_messages(tokenizer, messages)
 
-    monkeypatch.setattr(comparison, "encode_messages", encode)
+    monkeypatch.setattr(responses, "encode_messages", encode)
     results, done = run(tmp_path / "results", tokenizer, attacks)
 
     assert [(cell.benchmark, cell.arm, cell.attack) for cell in done] == [
@@ -176,7 +177,7 @@ def test_a_system_prompt_where_the_template_has_no_turn_for_one(tokenizer, monke
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", render)
     if template is None:
         monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text: rendered.append(text) or {"input_ids": []})
-    comparison._prompt(tokenizer, ask("system", "w5 w6"))
+    arms.arm_prompt(tokenizer, ask("system", "w5 w6"))
     assert rendered[-1].startswith(opens)
     assert rendered[-1].strip().endswith("w5 w6")
 

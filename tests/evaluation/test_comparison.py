@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from acd_logits.evaluation import comparison
+from acd_logits import responses
 from acd_logits.evaluation.arms import ARMS, arm_processor
 from acd_logits.evaluation.benchmarks import Benchmark, Request
 from acd_logits.evaluation.comparison import Decoding, plan_cells, run_comparison
@@ -116,7 +116,7 @@ def test_transforms_reach_the_model(tokenizer, tmp_path, monkeypatch):
         asked.append([message["content"] for message in messages])
         return encode_messages(tokenizer, messages)
 
-    monkeypatch.setattr(comparison, "encode_messages", encode)
+    monkeypatch.setattr(responses, "encode_messages", encode)
     run(tmp_path, tokenizer, cells=plan_cells(["safe"], ["icd"], [0.5], [0.1]))
     assert len(asked[0]) == 3
     assert asked[1] == ["w20 w21"], "the loss is that of the plain request"

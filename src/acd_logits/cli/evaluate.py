@@ -103,8 +103,15 @@ def _add_cell_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         metavar="ARM",
-        help=f"compare some of {', '.join(ARMS)} (default: base oid, with a pair sp ap acd, and with "
-        "an adapter distilled)",
+        help=f"compare some of {', '.join(ARMS)} (default: base oid, with a pair sp ap acd, with an adapter "
+        "distilled, and with --rivals those in the folder)",
+    )
+    cells.add_argument(
+        "--rivals",
+        type=Path,
+        metavar="FOLDER",
+        help=f"take {', '.join(name for name, arm in ARMS.items() if arm.rival)} from this folder, which "
+        "scripts/train_rivals.py writes",
     )
     cells.add_argument(
         "--alphas", nargs="+", type=finite, help="contrast with each of these strengths (default: the pair's)"
@@ -206,23 +213,27 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
     from ..evaluation import arms, benchmarks, comparison
     from ..evaluation.attacks import find_attacks
     from ..evaluation.results import ResultsFolder
+    from ..evaluation.rival_folder import RivalFolder, check_scoring
     from ..pairs.distilled import DistilledPrompt
 
     _check_evaluation(args)
     learned = pair_name(args) != MANUAL_TEXTS
     names = args.arms or ["base", "oid", *["sp", "ap", "acd"] * learned, *["distilled"] * bool(args.adapter)]
     with user_errors(ImportError, OSError, RuntimeError, ValueError):
-        arms.check_arms(names, has_pair=learned, has_adapter=bool(args.adapter))
+        folder = RivalFolder(args.rivals, args.model_name_or_path) if args.rivals else None
+        names += folder.names if folder and not args.arms else []
+        arms.check_arms(names, learned, has_adapter=bool(args.adapter), has_rivals=folder is not None)
         requests = [
             benchmarks.load_benchmark(spec, label, args.limit, args.seed) for spec, label in _benchmark_specs(args)
         ]
+        check_scoring(names, requests)
         attacks = find_attacks(list(ATTACKS) if args.attacks == [] else args.attacks or [], args.attack_files)
         pair = load_pair(args)
         distilled = DistilledPrompt.from_pretrained(args.adapter) if args.adapter else None
         decoding = comparison.Decoding(args.max_new_tokens, args.batch_size, args.horizon, args.share_instruction_kv)
         settings = _settings(args, pair, distilled, decoding)
         results = ResultsFolder(args.output_dir, settings)
-        results.register(requests, attacks)
+        results.register(requests, attacks, folder.digests(names) if folder else {})
         alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
         direct = comparison.plan_cells(
             [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
@@ -230,6 +241,7 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         attacked = comparison.plan_attacks(requests, direct, list(attacks))
         cells = direct + attacked + comparison.plan_depth(results, requests, direct, args.begun_tokens)
         judge = _make_judge(args)
+        rivals = folder.load(names, args.device, args.batch_size) if folder else {}
     model, tokenizer = load_model(args)
     if pair:
         pair.check_chat_template(tokenizer)
@@ -247,6 +259,7 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
             decoding,
             adapter=adapter,
             attacks=attacks,
+            rivals=rivals,
             on_cell=_note_cell,
         )
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
 """The arms of a comparison: the prompts that stand in front of a request, and how they are contrasted.
 
 An arm is a positive prompt, a negative prompt or none, and a change to the request's messages or none. The paper's
-arms are those of its tables 1 to 5; self-reminder and in-context defense change the messages alone. One arm has no
-such prompts: a distilled adapter, which is run by peft.
+arms are those of its tables 1 to 5; self-reminder and in-context defense change the messages alone. Two kinds of
+arms have no such prompts: a distilled adapter, which is run by peft, and rivals, which answer as `rivals.py` says.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
+from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT, has_system_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,12 +60,14 @@ class Arm:
         positive: the prompt that the answer follows: a key of `TEXTS` or of `LEARNED`, or `ADAPTER`.
         negative: the prompt that it is contrasted with (eq. 5); `None` for one stream alone.
         transform: changes the messages.
+        rival: whether it is a rival, with nothing in front.
     """
 
     title: str
     positive: str
     negative: str | None = None
     transform: Callable[[Messages], Messages] | None = None
+    rival: bool = False
 
     @property
     def needs_pair(self) -> bool:
@@ -94,6 +96,12 @@ ARMS = {
     "self-reminder": Arm("Self-Reminder", "null", transform=remind),
     "icd": Arm("In-Context Defense", "null", transform=demonstrate),
     "distilled": Arm("Distilled", ADAPTER),
+    "steering": Arm("Steering", "null", rival=True),
+    "cast": Arm("CAST", "null", rival=True),
+    "lora": Arm("Safety tuning", "null", rival=True),
+    "safedecoding": Arm("SafeDecoding", "null", rival=True),
+    "adacd": Arm("AdaCD", "null", rival=True),
+    "guard": Arm("Guard", "null", rival=True),
 }
 
 
@@ -108,25 +116,52 @@ def find_arm(name: str) -> Arm:
     return ARMS[name]
 
 
-def check_arms(names: Sequence[str], has_pair: bool, has_adapter: bool = False) -> None:
+def check_arms(names: Sequence[str], has_pair: bool, has_adapter: bool = False, has_rivals: bool = False) -> None:
     """Check arms before any work is done.
 
     Args:
         names: the arms.
         has_pair: whether a learned pair is given.
         has_adapter: whether a distilled adapter is given.
+        has_rivals: whether a folder of rivals is given.
 
     Raises:
-        ValueError: there is no arm of this name, or it needs a learned pair or an adapter and there is none.
+        ValueError: there is no arm of this name, or it needs a learned pair, an adapter or a folder of rivals and
+            there is none.
     """
     for name in names:
-        if find_arm(name).needs_pair and not has_pair:
+        arm = find_arm(name)
+        if arm.needs_pair and not has_pair:
             raise ValueError(f"the arm {name!r} needs a learned pair: pass one, or leave the arm out")
-        if find_arm(name).needs_adapter and not has_adapter:
+        if arm.needs_adapter and not has_adapter:
             raise ValueError(
                 f"the arm {name!r} needs a distilled adapter: acd-logits evaluate --adapter names one, or leave the "
                 "arm out"
             )
+        if arm.rival and not has_rivals:
+            raise ValueError(
+                f"the arm {name!r} needs the folder that scripts/train_rivals.py writes: pass it to acd-logits "
+                "evaluate as --rivals FOLDER, or leave the arm out"
+            )
+
+
+def arm_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, transform: Callable[[Messages], Messages] | None = None
+) -> list[int]:
+    """The token ids that ask a conversation, up to where the answer begins.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: the conversation. Where the chat template has no system turn, the text of one opens the next turn.
+        transform: of an arm.
+    """
+    from ..responses import encode_messages
+
+    messages = transform(messages) if transform else messages
+    first, *others = messages
+    if first["role"] == "system" and not has_system_turn(tokenizer):
+        messages = [{**others[0], "content": f"{first['content']}\n\n{others[0]['content']}"}, *others[1:]]
+    return encode_messages(tokenizer, messages)
 
 
 def arm_pair(
@@ -149,12 +184,14 @@ def arm_pair(
         The pair and alpha, which is 0 for an arm of one stream.
 
     Raises:
-        ValueError: the arm is a distilled adapter, which is no pair.
+        ValueError: the arm is a distilled adapter or a rival, which is no pair.
     """
     from ..pairs.prompt_pair import PromptPair
 
     if arm.needs_adapter:
         raise ValueError(f"the arm {arm.title} is a peft adapter and no pair: generate with its PeftModel")
+    if arm.rival:
+        raise ValueError(f"the arm {arm.title} is no prompt pair: its answers come from rivals.py")
     streams = arm.positive, arm.negative or arm.positive
     safe, adversarial = (TEXTS.get(name, "") for name in streams)
     prompt_type = pair.config.prompt_type if pair is not None and arm.needs_pair else "embedding"

@@ -9,15 +9,15 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..pairs.texts import has_system_turn
 from ..refusal import is_refusal, turns_around
-from ..responses import encode_messages, generate_responses
+from ..responses import generate_responses
 from .answers import is_correct
-from .arms import ARMS, arm_processor
+from .arms import ARMS, arm_processor, arm_prompt
 from .fluency import broken_words, has_loop, repeats_itself, response_loss, word_check
 from .judges import continuation_judge
 from .likelihood import response_loglikelihoods
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .benchmarks import Benchmark, Request
     from .judges import Judge, Verdict
     from .results import ResultsFolder
+    from .rivals import Rival
 
 _PACKAGES = ("acd-logits", "torch", "transformers", "peft", "inspect_ai")
 
@@ -151,6 +152,7 @@ def run_comparison(
     *,
     adapter: PeftModel | None = None,
     attacks: Mapping[str, Attack] = MappingProxyType({}),
+    rivals: Mapping[str, Rival] = MappingProxyType({}),
     on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Run the cells that are not in the folder yet.
@@ -166,6 +168,7 @@ def run_comparison(
         decoding: how requests are answered.
         adapter: the model behind a distilled adapter, for the arm that needs one.
         attacks: those of the cells, by name.
+        rivals: those of the cells, by arm.
         on_cell: is told each cell that is finished.
 
     Raises:
@@ -180,10 +183,11 @@ def run_comparison(
     total, left = (sum(sizes[cell.benchmark] for cell in some) for some in (cells, missing))
     with logging.tqdm(desc="Evaluating", total=total, initial=total - left, unit="response") as progress:
         for cell in missing:
-            arm, asked = ARMS[cell.arm], _asked(results, named[cell.benchmark], cell, attacks)
-            prompts = [_prompt(tokenizer, question.messages, arm.transform) + question.begun for question in asked]
-            processor = None
-            if not arm.needs_adapter:
+            arm, rival = ARMS[cell.arm], rivals.get(cell.arm)
+            asked = _asked(results, named[cell.benchmark], cell, attacks)
+            prompts = [arm_prompt(tokenizer, question.messages, arm.transform) + question.begun for question in asked]
+            processor, runner = None, adapter if arm.needs_adapter else model
+            if not (arm.needs_adapter or rival):
                 processor = arm_processor(
                     arm,
                     model,
@@ -195,17 +199,17 @@ def run_comparison(
                     share_instruction_kv=decoding.share_instruction_kv,
                 )
             if any(question.request.choices for question in asked):
-                rows = _score(tokenizer, processor or adapter, asked, prompts, on_batch=progress.update)
+                with rival.applied(model) if rival else nullcontext():
+                    rows = _score(tokenizer, processor or runner, asked, prompts, on_batch=progress.update)
             else:
-                responses = generate_responses(
-                    model if processor else adapter,
-                    tokenizer,
-                    prompts,
-                    processor,
-                    max_new_tokens=decoding.max_new_tokens,
-                    batch_size=decoding.batch_size,
-                    on_batch=progress.update,
-                )
+                limits = {"max_new_tokens": decoding.max_new_tokens, "batch_size": decoding.batch_size}
+                if rival:
+                    questions = [(question.messages, question.begun) for question in asked]
+                    responses = rival.answer(model, tokenizer, questions, **limits, on_batch=progress.update)
+                else:
+                    responses = generate_responses(
+                        runner, tokenizer, prompts, processor, **limits, on_batch=progress.update
+                    )
                 rows = _measure(model, tokenizer, cell, asked, responses, judge)
             progress.update(sizes[cell.benchmark] - len(asked))
             results.add(cell, rows)
@@ -242,19 +246,9 @@ def _plainly(request: Request) -> Messages:
     return [{"role": "user", "content": request.text}]
 
 
-def _prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, transform: Callable[[Messages], Messages] | None = None
-) -> list[int]:
-    messages = transform(messages) if transform else messages
-    first, *others = messages
-    if first["role"] == "system" and not has_system_turn(tokenizer):
-        messages = [{**others[0], "content": f"{first['content']}\n\n{others[0]['content']}"}, *others[1:]]
-    return encode_messages(tokenizer, messages)
-
-
 def _score(
     tokenizer: PreTrainedTokenizerBase,
-    acd: ACDLogitsProcessor | PeftModel,
+    acd: ACDLogitsProcessor | PeftModel | PreTrainedModel,
     asked: Sequence[_Question],
     prompts: Sequence[list[int]],
     on_batch: Callable[[int], None],
@@ -299,7 +293,7 @@ def _measure(
     rows: list[dict[str, Any]] = []
     for question, response in zip(asked, responses, strict=True):
         request, begun = question.request, question.begun
-        prompt = _prompt(tokenizer, _plainly(request)) + begun
+        prompt = arm_prompt(tokenizer, _plainly(request)) + begun
         loss, loss_tokens = response_loss(model, tokenizer, prompt, response.text)
         broken, words = broken_words(response.text, is_word)
         rows.append(

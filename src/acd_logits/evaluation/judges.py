@@ -129,20 +129,27 @@ class ClassifierJudge:
 
     def judge(self, requests: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """The verdicts on responses, given their requests."""
+        return self._verdicts(requests, responses)
+
+    def judge_requests(self, requests: Sequence[str]) -> list[Verdict]:
+        """The verdicts on requests alone, before anything has answered them."""
+        return self._verdicts(requests, None)
+
+    def _verdicts(self, requests: Sequence[str], responses: Sequence[str] | None) -> list[Verdict]:
         verdicts: list[Verdict] = []
         for start in range(0, len(requests), self.batch_size):
             batch = slice(start, start + self.batch_size)
             judge = self._ask_guard if self.is_guard else self._classify
-            verdicts.extend(judge(requests[batch], responses[batch]))
+            verdicts.extend(judge(requests[batch], None if responses is None else responses[batch]))
         return verdicts
 
-    def _classify(self, requests: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+    def _classify(self, requests: Sequence[str], responses: Sequence[str] | None) -> list[Verdict]:
         import torch
 
         limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
         encoded = self.tokenizer(
             list(requests),
-            list(responses),
+            None if responses is None else list(responses),
             padding=len(requests) > 1,
             truncation=True,
             max_length=limit,
@@ -152,17 +159,11 @@ class ClassifierJudge:
             classes = self.model(**encoded).logits.argmax(-1).tolist()
         return ["harmless" if label == self.harmless else "harmful" for label in classes]
 
-    def _ask_guard(self, requests: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        from ..responses import generate_responses
+    def _ask_guard(self, requests: Sequence[str], responses: Sequence[str] | None) -> list[Verdict]:
+        from ..responses import as_messages, encode_messages, generate_responses
 
-        prompts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": request}, {"role": "assistant", "content": response}],
-                add_generation_prompt=True,
-                return_dict=True,
-            )["input_ids"]
-            for request, response in zip(requests, responses, strict=True)
-        ]
+        turns = zip(requests, strict=True) if responses is None else zip(requests, responses, strict=True)
+        prompts = [encode_messages(self.tokenizer, as_messages(texts)) for texts in turns]
         replies = generate_responses(self.model, self.tokenizer, prompts, max_new_tokens=8, batch_size=self.batch_size)
         return [parse_guard(reply.text) for reply in replies]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ..decoding.call import CACHE_NAMES
 from ..decoding.contrast import contrast
@@ -74,12 +74,16 @@ def contrasted_logits(
 
 @torch.no_grad()
 def response_loglikelihoods(
-    acd: ACDLogitsProcessor | PeftModel, instruction: list[int], responses: Sequence[list[int]], beta: float = 0.0
+    acd: ACDLogitsProcessor | PeftModel | PreTrainedModel,
+    instruction: list[int],
+    responses: Sequence[list[int]],
+    beta: float = 0.0,
 ) -> list[tuple[float, bool]]:
     """The log-likelihoods of responses to one instruction, in one batch.
 
     Args:
-        acd: the processor, with one strength for all rows; or a model behind a distilled adapter.
+        acd: the processor, with one strength for all rows; or a model, such as one behind a distilled
+            adapter.
         instruction: its token ids, up to where a response begins; at least one.
         responses: the token ids of each response; at least one each.
         beta: plausibility threshold. A token below it has log-likelihood `-inf`.
@@ -89,9 +93,9 @@ def response_loglikelihoods(
     """
     width = max(map(len, responses))
     rows = [instruction + response + [0] * (width - len(response)) for response in responses]
-    model = acd if isinstance(acd, PeftModel) else acd.model
+    model = acd if isinstance(acd, (PeftModel, PreTrainedModel)) else acd.model
     ids = torch.tensor(rows, device=model.device)[:, :-1]  # nothing is asked behind the last token
-    if isinstance(acd, PeftModel):
+    if isinstance(acd, (PeftModel, PreTrainedModel)):
         scores = acd(input_ids=ids).logits[:, len(instruction) - 1 :].float()
     else:
         scores = contrasted_logits(acd, ids, beta, len(instruction))

@@ -80,7 +80,7 @@ class ResultsFolder:
                 raise OSError(f"{self.path} holds no results: {RUN_NAME} is missing")
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise ValueError(f"{self.path} holds something other than results: choose another folder")
-            known: dict[str, Any] = {"benchmarks": {}, "attacks": {}}
+            known: dict[str, Any] = {"benchmarks": {}, "attacks": {}, "rivals": {}}
             return {"format_version": FORMAT_VERSION, "settings": settings, **known, "runs": []}
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
@@ -94,7 +94,8 @@ class ResultsFolder:
                     f"{self.path} holds results with {name} {run['settings'].get(name)!r}, not {value!r}: "
                     "choose another folder"
                 )
-        run.setdefault("attacks", {})  # older folders have none
+        for name in ("attacks", "rivals"):
+            run.setdefault(name, {})  # older folders have none
         return run
 
     def _finished_rows(self, repair: bool) -> list[dict[str, Any]]:
@@ -119,16 +120,22 @@ class ResultsFolder:
             return sum(row["label"] == "harmful" for row in rows if cell_of(row) == cell.direct)
         return self.run["benchmarks"].get(cell.benchmark, {}).get("n")
 
-    def register(self, benchmarks: Sequence[Benchmark], attacks: Mapping[str, Attack] = MappingProxyType({})) -> None:
+    def register(
+        self,
+        benchmarks: Sequence[Benchmark],
+        attacks: Mapping[str, Attack] = MappingProxyType({}),
+        rivals: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Note the requests that will be asked.
 
         Args:
             benchmarks: the requests.
             attacks: under which harmful ones are asked too, by name.
+            rivals: the digests of the rivals that answer, by arm.
 
         Raises:
-            ValueError: two benchmarks share a name, or the folder holds answers to other requests under one, or under
-                other wordings of an attack.
+            ValueError: two benchmarks share a name, or the folder holds answers to other requests under one, under
+                other wordings of an attack, or of other rivals.
         """
         known = self.run["benchmarks"]
         names = Counter(benchmark.name for benchmark in benchmarks)
@@ -147,6 +154,9 @@ class ResultsFolder:
                 raise ValueError(
                     f"{self.path} holds answers to other wordings of the attack {name}: choose another folder"
                 )
+        for name, digest in rivals.items():
+            if self.run["rivals"].setdefault(name, digest) != digest:
+                raise ValueError(f"{self.path} holds answers of another {name}: choose another folder")
 
     def start(self, facts: dict[str, Any]) -> None:
         """Write down that a run begins.
