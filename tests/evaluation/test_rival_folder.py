@@ -85,6 +85,9 @@ def test_a_folder_that_is_wrong(folder):
     change(folder, format_version=2)
     with pytest.raises(ValueError, match="was not written by this version"):
         RivalFolder(folder, "org/tiny")
+    (folder / "rivals.json").write_text("{")
+    with pytest.raises(ValueError, match=r"rivals\.json is not valid JSON .+: make the rivals again"):
+        RivalFolder(folder, "org/tiny")
 
 
 def test_results_belong_to_the_rivals_that_gave_them(folder, tmp_path):

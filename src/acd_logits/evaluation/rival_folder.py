@@ -11,7 +11,6 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_json
 from .arms import ARMS
 
 if TYPE_CHECKING:
@@ -45,9 +44,15 @@ class RivalFolder:
             raise FileNotFoundError(
                 f"{path} holds no rivals: {SETTINGS_NAME} is missing, which scripts/train_rivals.py writes"
             )
-        content = read_json(path / SETTINGS_NAME)
+        try:
+            content = json.loads((path / SETTINGS_NAME).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path / SETTINGS_NAME} is not valid JSON ({error}): make the rivals again") from None
         if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path / SETTINGS_NAME} was not written by this version of scripts/train_rivals.py")
+            raise ValueError(
+                f"{path / SETTINGS_NAME} was not written by this version of scripts/train_rivals.py: make the rivals "
+                "again"
+            )
         if content["model"] != model:
             raise ValueError(
                 f"the rivals in {path} were made for {content['model']}, not for {model}: make them for this model"

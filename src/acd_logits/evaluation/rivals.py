@@ -183,7 +183,7 @@ class _BothStreams(LogitsProcessor):
         return self.combine(*scores.chunk(2)).repeat(2, 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SafeDecoding(FirstTokens):
     """SafeDecoding: P(x) + strength * (P'(x) - P(x)), P' being the adapted model's, over tokens that both find likely.
 
@@ -215,7 +215,7 @@ class SafeDecoding(FirstTokens):
         return (p + self.strength * (expert - p)).masked_fill(later > last, -torch.inf)
 
 
-@dataclass(frozen=True)
+@dataclass
 class AdaCD(FirstTokens):
     """AdaCD: R + sign * strength * (R - x), with the logits x of the model and R of the model asked to refuse.
 

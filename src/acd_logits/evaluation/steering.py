@@ -18,7 +18,7 @@ import torch
 from .rivals import ChangedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -98,7 +98,7 @@ class Steering(ChangedModel):
             return (steered, *others), kwargs
 
         layers = decoder_layers(model)
-        hooks = [(layers[self.layer], add)]
+        hooks: list[tuple[torch.nn.Module, Callable[..., Any]]] = [(layers[self.layer], add)]
         if condition is not None:
             hooks = [(model, note_prompt), (layers[condition.layer], look), *hooks]
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
