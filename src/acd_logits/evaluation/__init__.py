@@ -3,6 +3,7 @@
 Arms answer the requests of benchmarks, judges read the responses, and a report compares the arms:
 
     arms.py          the prompts that an arm puts in front of a request
+    rivals.py        other defences, with those of steering.py, from a folder (rival_folder.py)
     attacks.py       ways of asking harmful requests
     adaptive.py      a search for suffixes against one arm, with the gradients of defence.py
     benchmarks.py    the requests

@@ -186,7 +186,8 @@ def run_comparison(
             arm, rival = ARMS[cell.arm], rivals.get(cell.arm)
             asked = _asked(results, named[cell.benchmark], cell, attacks)
             prompts = [arm_prompt(tokenizer, question.messages, arm.transform) + question.begun for question in asked]
-            processor, runner = None, adapter if arm.needs_adapter else model
+            processor = None
+            runner = adapter if arm.needs_adapter else model
             if not (arm.needs_adapter or rival):
                 processor = arm_processor(
                     arm,
