@@ -117,7 +117,7 @@ TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl --dtype $
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --dtype $(DTYPE) \
 		--system_prompts null --batch_size 64 --max_new_tokens 24 --temperature 0 --bank_refusals --answer_safe \
-		--begun_share 0.3 --output_file anchors.jsonl
+		--begun_share 0 --output_file anchors.jsonl
 	$(TRAIN) --output_dir new-pair/1
 	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 --lr_weight 2.5 --learning_rate 2e-2
 

@@ -16,8 +16,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from acd_logits import demo_model
-from acd_logits.demo_model import demo_model_path, load_demo_model, resolve_model_name
+from acd_logits import PromptPair, demo_model
+from acd_logits.demo_model import (
+    DEMO_EMBEDDING_PAIR,
+    DEMO_MODEL_ID,
+    DEMO_PAIR,
+    demo_model_path,
+    load_demo_model,
+    resolve_model_name,
+    resolve_pair_name,
+)
+from acd_logits.pairs.model_card import generate_card
 
 gguf = pytest.importorskip("gguf")
 
@@ -212,6 +221,27 @@ def test_only_the_demo_name_is_resolved(cache: Path, tmp_path: Path, monkeypatch
     assert resolve_model_name("smollm2") == str(cache / "SmolLM2-135M-Instruct")
     for name in ("./smollm2", "SmolLM2", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         assert resolve_model_name(name) == name
+
+
+# -- its pairs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [(DEMO_PAIR, "key_value"), (DEMO_EMBEDDING_PAIR, "embedding")])
+def test_the_pairs_that_ship(name: str, kind: str) -> None:
+    folder = Path(resolve_pair_name(name))
+    pair = PromptPair.from_pretrained(folder)
+    assert (pair.config.prompt_type, pair.config.base_model_name_or_path) == (kind, DEMO_MODEL_ID)
+    assert pair.safeguarding.shape == pair.adversarial.shape  # as vLLM needs them
+    assert (folder / "README.md").read_text(encoding="utf-8") == generate_card(pair)
+    assert pair.config.results["harmless_rate"] and pair.config.results["over_refusal"]  # and they were measured
+
+
+def test_only_the_names_of_the_pairs_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(DEMO_PAIR).mkdir()
+    assert Path(resolve_pair_name(DEMO_PAIR)).is_absolute()
+    for name in (f"./{DEMO_PAIR}", "org/pair", "text"):
+        assert resolve_pair_name(name) == name
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from acd_logits import ACDLogitsProcessor, PromptPair, load_demo_model
-from acd_logits.demo_model import DEMO_PAIR, demo_model_path, resolve_pair_name
+from acd_logits.demo_model import DEMO_EMBEDDING_PAIR, DEMO_PAIR, demo_model_path, resolve_pair_name
 from acd_logits.vllm.export import export
 from acd_logits.vllm.exported import read_pair
 from conftest import build_key_value_pair, build_pair, build_tokenizer
@@ -559,7 +559,7 @@ CHAT = "/v1/chat/completions"
 
 
 class Demo:
-    """The demo model on transformers and on a server, with its pair or plain."""
+    """The demo model on transformers and on a server, with one of its pairs or plain."""
 
     def __init__(self, url, pair):
         self.url, (self.model, self.tokenizer) = url, load_demo_model()
@@ -588,17 +588,18 @@ class Demo:
 
 @contextlib.contextmanager
 def demo_server(folder, pair, *arguments):
-    """The demo model on a server: with its own pair, with key-value prompts made of two texts, or plain."""
-    if pair == "own":
-        export(demo_model_path(), folder, PromptPair.from_pretrained(resolve_pair_name(DEMO_PAIR)))
-    elif pair == "texts":
-        export(demo_model_path(), folder, prompt_type=KEY_VALUE)
+    """The demo model on a server: with one of its pairs, or plain."""
+    if pair:
+        export(demo_model_path(), folder, PromptPair.from_pretrained(resolve_pair_name(pair)))
     with server(VLLM, "--model", str(folder if pair else demo_model_path()), *SETTINGS, *arguments) as url:
         yield Demo(url, read_pair(folder) if pair else None)
 
 
+long = functools.partial(pytest.param, marks=pytest.mark.long)
+
+
 # What is asked of ACD's server is asked of a plain one too: both behave alike, each against its own reference
-@pytest.fixture(scope="module", params=["own", "texts", pytest.param(None, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[DEMO_PAIR, long(DEMO_EMBEDDING_PAIR), long(None)])
 def demo(request, tmp_path_factory):
     with demo_server(tmp_path_factory.mktemp("demo") / "acd", request.param, "--max-model-len", "1024") as demo:
         yield demo
@@ -626,7 +627,7 @@ def test_the_demo_model_over_http(demo, count, length):
 
 @pytest.mark.real_model
 @pytest.mark.long
-@pytest.mark.parametrize("pair", ["own", "texts"])
+@pytest.mark.parametrize("pair", [DEMO_PAIR, DEMO_EMBEDDING_PAIR])
 def test_the_demo_model_in_a_tight_place(tmp_path, pair):
     """Prompts in chunks of 64 tokens, prefixes from the cache, and so few blocks that requests are preempted."""
     limits = {"max-model-len": 512, "max-num-batched-tokens": 64, "block-size": 32, "num-gpu-blocks-override": 40}

