@@ -41,7 +41,6 @@ if not anchors_file.exists():
             system_prompts=("null",), batch_size=64, max_new_tokens=args.max_new_tokens, temperature=0.0
         ),
         own_refusals=False,
-        begun_share=0.3,
         answer_safe=True,
     )
 
