@@ -6,7 +6,7 @@
 # make dist   sdist and wheel into dist/, checked; the wheel runs the README's first example in an empty environment
 # make bench  measure the first table of docs/benchmarks.md, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
-# make pair   train a key-value pair for the demo model, into new-pair/2 (not timed as a whole yet)
+# make pair   train a key-value pair for the demo model, into new-pair/3 (about 80 minutes)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
 PYTHON ?= python3
@@ -111,15 +111,19 @@ bench: $(VENV)/demo
 		--new_tokens 40 --repeats 7 --output_file benchmark.json
 
 TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl --dtype $(DTYPE) --held_out_fraction 0.1 \
-	--eval_on_start false
+	--eval_strategy no --eval_on_start false --load_best_model_at_end false --save_strategy steps --save_steps 20
+SELDOM = --retain answer --lr_weight 6
 
-# All go on where they stopped. First what to refuse, then how seldom
+# All go on where they stopped. First what to refuse, then how seldom by the first words alone, then whole refusals again
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --dtype $(DTYPE) \
-		--system_prompts null --batch_size 64 --max_new_tokens 24 --temperature 0 --bank_refusals --answer_safe \
-		--begun_share 0 --output_file anchors.jsonl
-	$(TRAIN) --output_dir new-pair/1
-	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 --lr_weight 2.5 --learning_rate 2e-2
+		--system_prompts null --batch_size 64 --max_new_tokens 16 --temperature 0 --bank_refusals --answer_safe \
+		--output_file anchors.jsonl
+	$(TRAIN) --output_dir new-pair/1 --max_steps 110 --max_response_tokens 8
+	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 $(SELDOM) --max_steps 250 --max_refusal_tokens 4 \
+		--per_device_train_batch_size 96 --learning_rate 0.014
+	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(SELDOM) --max_steps 40 --max_response_tokens 8 \
+		--learning_rate 0.005
 
 EVALUATE = $(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --dtype $(DTYPE) --limit 250 \
 	--max_new_tokens 64 --batch_size 50
