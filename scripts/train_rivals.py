@@ -15,6 +15,7 @@ safe ones. The same command goes on with what is missing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 
 from acd_logits.anchors import load_anchor_data, split_held_out
@@ -39,10 +40,17 @@ from acd_logits.cli.options import (
     positive_int,
     share,
 )
-from acd_logits.evaluation.rival_folder import FORMAT_VERSION, LORA_NAME, SETTINGS_NAME, STEERING_NAME
+from acd_logits.evaluation.rival_folder import (
+    CAST_NAME,
+    FORMAT_VERSION,
+    LORA_NAME,
+    SETTINGS_NAME,
+    STEERING_NAME,
+    read_settings,
+)
 from acd_logits.evaluation.rivals import AdaCD, LoRA, SafeDecoding, prompts_of
 from acd_logits.evaluation.steering import Condition, Steering, mean_over_tokens, similarity
-from acd_logits.files import digest, read_json, write_text
+from acd_logits.files import digest, write_text
 from acd_logits.refusal import is_refusal
 from acd_logits.responses import as_messages
 from acd_logits.training.data import IGNORED, encode_anchors
@@ -76,6 +84,9 @@ class Workshop:
         rows: the training part and the held-out part of the anchors.
         model: the model, in eval mode.
         tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: a part of the anchors has no harmful request, or no safe one.
     """
 
     def __init__(
@@ -89,6 +100,13 @@ class Workshop:
         self.train, held_out = rows
         self.fit = [ask(self.train, harmful, FIT, args.seed) for harmful in (True, False)]
         self.asked = [ask(held_out, harmful, args.num_requests, args.seed) for harmful in (True, False)]
+        for part, drawn in (("training", self.fit), ("held-out", self.asked)):
+            for kind, questions in zip(("harmful", "safe"), drawn, strict=True):
+                if not questions:
+                    raise ValueError(
+                        f"the {part} part of the anchors has no {kind} request: choose another --held_out_fraction "
+                        "or --seed, or add some to --train_file"
+                    )
 
     def gap(self, rival: Rival) -> float:
         """How much more often a rival refuses held-out harmful requests than held-out safe ones."""
@@ -130,28 +148,14 @@ def ask(rows: Rows, harmful: bool, number: int, seed: int) -> list[Question]:
 
 def make_lora(shop: Workshop) -> tuple[dict[str, Any], float]:
     """Train the adapter on refusals and on safe answers, with the paper's LoRA settings (SafeDecoding)."""
-    args = shop.args
+    arguments = lora_arguments(shop)
     config = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM")
     adapted = get_peft_model(shop.model, config)
     chat = bool(shop.tokenizer.chat_template)
     rows = [row for row in shop.train if row["split"] != "D_HA"]
     Trainer(
         model=adapted,
-        args=TrainingArguments(
-            output_dir=str(shop.folder / "run"),
-            learning_rate=args.learning_rate,
-            num_train_epochs=args.num_train_epochs,
-            per_device_train_batch_size=args.train_batch_size,
-            warmup_steps=0.03,
-            seed=args.seed,
-            use_cpu=shop.model.device.type == "cpu",
-            save_strategy="no",
-            report_to="none",
-            logging_steps=10,
-            disable_tqdm=not sys.stderr.isatty(),
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        ),
+        args=arguments,
         train_dataset=encode_anchors(rows, shop.tokenizer, chat, RESPONSE_TOKENS),
         data_collator=collate,
     ).train()
@@ -159,6 +163,38 @@ def make_lora(shop: Workshop) -> tuple[dict[str, Any], float]:
     adapted.unload()
     shop.model.eval()
     return {}, shop.gap(LoRA(shop.folder / LORA_NAME))
+
+
+def lora_arguments(shop: Workshop) -> TrainingArguments:
+    """How the adapter is trained: on the model's device alone.
+
+    Raises:
+        ValueError: the Trainer would move the model to another device.
+    """
+    args, device = shop.args, shop.model.device
+    arguments = TrainingArguments(
+        output_dir=str(shop.folder / "run"),
+        learning_rate=args.learning_rate,
+        num_train_epochs=args.num_train_epochs,
+        per_device_train_batch_size=args.train_batch_size,
+        warmup_steps=0.03,
+        seed=args.seed,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10,
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    theirs = arguments.device
+    if (theirs.type, theirs.index or 0) != (device.type, device.index or 0):
+        raise ValueError(
+            f"the Trainer takes {theirs}, and the model is on {device}: leave --device out, and name a GPU in "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all GPUs
+    return arguments
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -213,6 +249,7 @@ def layer_inputs(shop: Workshop, questions: Sequence[Question]) -> tuple[torch.T
     return torch.cat(last, 1), torch.cat(mean, 1)
 
 
+@functools.cache
 def directions(shop: Workshop) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean state of harmful requests minus that of safe ones, at the last token and over all of them.
 
@@ -260,7 +297,7 @@ def make_steering(shop: Workshop) -> tuple[dict[str, Any], float]:
     """Fit the refusal direction of every layer, and choose one."""
     candidates, _ = directions(shop)
     settings, gap = choose_steering(shop, "steering", candidates, None)
-    save_directions(shop.folder, steering=candidates[settings["layer"]])
+    save_directions(shop.folder / STEERING_NAME, steering=candidates[settings["layer"]])
     return settings, gap
 
 
@@ -269,16 +306,16 @@ def make_cast(shop: Workshop) -> tuple[dict[str, Any], float]:
     candidates, over_all = directions(shop)
     condition = find_condition(over_all, *(layer_inputs(shop, questions)[1] for questions in shop.asked))
     settings, gap = choose_steering(shop, "cast", candidates, condition)
-    save_directions(shop.folder, cast=candidates[settings["layer"]], condition=condition.direction)
+    save_directions(shop.folder / CAST_NAME, cast=candidates[settings["layer"]], condition=condition.direction)
     settings["condition"] = {name: getattr(condition, name) for name in ("layer", "threshold", "larger")}
     return settings, gap
 
 
-def save_directions(folder: Path, **tensors: torch.Tensor) -> None:
-    """Add directions to the file of them."""
-    path = folder / STEERING_NAME
-    known = load_file(path) if path.is_file() else {}
-    save_file(known | {name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def save_directions(path: Path, **tensors: torch.Tensor) -> None:
+    """Write the directions of an arm in one step, so that no half of a file is ever there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(path)
 
 
 MAKE: dict[str, Callable[[Workshop], tuple[dict[str, Any], float]]] = {
@@ -329,7 +366,9 @@ def run(args: argparse.Namespace) -> None:
     missing = [name for name in MAKE if name not in content["rivals"]]
     if missing:
         model, tokenizer = load_model(args)
-        shop = Workshop(args, parts, model.eval(), tokenizer)
+        with user_errors(ValueError):
+            shop = Workshop(args, parts, model.eval(), tokenizer)
+        _write(args.output_dir, content)  # what an interruption leaves is known as rivals
         for name in missing:
             start = time.perf_counter()
             with user_errors(OSError, ValueError):
@@ -355,7 +394,7 @@ def _open(args: argparse.Namespace, anchors: str) -> dict[str, Any]:
             raise ValueError(f"{args.output_dir} holds something other than rivals: choose another folder")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         return {**empty, "rivals": {}, "made": {}}
-    content = read_json(path)
+    content = read_settings(args.output_dir)
     for name, value in empty.items():
         if content.get(name) != value:
             raise ValueError(f"{path} was made with other {name}: choose another --output_dir")

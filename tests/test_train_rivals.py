@@ -18,7 +18,7 @@ from tiny_training import CHAT_TEMPLATE, HARMFUL, REFUSAL, SAFE, anchor_rows
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_rivals.py"
 NAMES = ["steering", "cast", "lora", "safedecoding", "adacd"]
 SETTINGS = ["--device", "cpu", "--num_requests", "2", "--max_new_tokens", "2", "--held_out_fraction", "0.3"]
-SETTINGS += ["--learning_rate", "0.03", "--num_train_epochs", "20", "--train_batch_size", "8", "--batch_size", "3"]
+SETTINGS += ["--learning_rate", "0.03", "--num_train_epochs", "15", "--train_batch_size", "8", "--batch_size", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,15 @@ def run(script, tiny_folder, monkeypatch, capsys):
 
 def test_all_rivals_are_made_and_what_is_there_is_kept(run, script, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "is_refusal", lambda text, request: "w50" in text)
+    monkeypatch.setattr(script, "STRENGTHS", {name: some[:2] for name, some in script.STRENGTHS.items()})
+
+    def stopped(shop):
+        shop.folder.joinpath("run").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(script.MAKE, "lora", stopped)
+        run(tmp_path / "rivals", code=130)
     shown = run(tmp_path / "rivals", "--guard", "org/guard", "--harmless_label", "fine")
     assert [line.partition(":")[0] for line in shown.out.splitlines()[-5:]] == list(script.MAKE)
     name = str(tiny_folder / "model")
@@ -76,12 +85,15 @@ def test_all_rivals_are_made_and_what_is_there_is_kept(run, script, tiny_folder,
     assert not answered.text.startswith("w50")
 
     before = (tmp_path / "rivals" / "lora" / "adapter_model.safetensors").read_bytes()
+    steering = folder.digests(["steering"])
     content = json.loads((tmp_path / "rivals" / "rivals.json").read_text())
     assert content["made"]["lora"]["held_out_gap"] > 0
     cast = content["rivals"].pop("cast")
     (tmp_path / "rivals" / "rivals.json").write_text(json.dumps(content))
     assert run(tmp_path / "rivals").err.count("minutes") == 1
-    assert RivalFolder(tmp_path / "rivals", name).settings["cast"] == cast
+    folder = RivalFolder(tmp_path / "rivals", name)
+    assert folder.settings["cast"] == cast
+    assert folder.digests(["steering"]) == steering
     assert (tmp_path / "rivals" / "lora" / "adapter_model.safetensors").read_bytes() == before
     assert (
         "was made with other settings: choose another --output_dir"
@@ -89,11 +101,26 @@ def test_all_rivals_are_made_and_what_is_there_is_kept(run, script, tiny_folder,
     )
 
 
-def test_what_is_wrong(run, tmp_path):
+def test_what_is_wrong(run, script, tmp_path):
+    nobody = [{"split": "D_S", "instruction": "w1", "history": []}]
+    args = type("Args", (), {"output_dir": tmp_path, "seed": 0, "num_requests": 2})
+    both = [*nobody, {"split": "D_HR", "instruction": "w2", "history": []}]
+    with pytest.raises(ValueError, match="the held-out part of the anchors has no harmful request: choose another"):
+        script.Workshop(args, (both, nobody), None, None)
     assert "--harmless_label needs --guard" in run(tmp_path / "rivals", "--harmless_label", "safe", code=1).err
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds something other than rivals" in run(tmp_path, code=1).err
     assert not (tmp_path / "rivals").exists()
+
+
+def test_the_adapter_is_trained_where_the_model_is(script, tmp_path):
+    shop = script.Workshop.__new__(script.Workshop)
+    shop.folder, shop.model = tmp_path, build_model()
+    shop.args = type("Args", (), {"learning_rate": 0.1, "num_train_epochs": 1, "train_batch_size": 1, "seed": 0})
+    assert script.lora_arguments(shop).device == torch.device("cpu")
+    shop.model = build_model().to("meta")
+    with pytest.raises(ValueError, match="the model is on meta: leave --device out"):
+        script.lora_arguments(shop)
 
 
 class Refuses:

@@ -38,8 +38,8 @@ def whole(tmp_path_factory):
     content = {"format_version": 1, "model": "org/tiny", "rivals": rivals}
     (path / "rivals.json").write_text(json.dumps(content))
     generator = torch.Generator().manual_seed(1)
-    names = ("steering", "cast", "condition")
-    save_file({name: torch.randn(HIDDEN, generator=generator) for name in names}, path / "steering.safetensors")
+    for arm, names in (("steering", ("steering",)), ("cast", ("cast", "condition"))):
+        save_file({name: torch.randn(HIDDEN, generator=generator) for name in names}, path / f"{arm}.safetensors")
     adapted = get_peft_model(build_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(path / "lora")
     return path
@@ -62,6 +62,7 @@ def change(folder, **settings):
     [
         ("rivals.json", r"rivals holds no rivals: rivals\.json is missing, which scripts/train_rivals\.py writes"),
         ("steering.safetensors", r"steering\.safetensors is missing, which the arm 'steering' needs"),
+        ("cast.safetensors", r"cast\.safetensors is missing, which the arm 'cast' needs"),
         ("lora/adapter_model.safetensors", r"adapter_model\.safetensors is missing, which the arm 'lora' needs"),
     ],
 )
@@ -82,12 +83,26 @@ def test_a_folder_that_is_wrong(folder):
             rivals.load([name])
     with pytest.raises(ValueError, match="has no 'lora', but adacd, guard: leave the arm out"):
         rivals.load(["base", "lora"])
+    change(folder, rivals=[])
+    with pytest.raises(ValueError, match=r"rivals\.json is damaged, since it names no rivals: make the rivals again"):
+        RivalFolder(folder, "org/tiny")
+    change(folder, model=None)
+    with pytest.raises(ValueError, match="since it names no model"):
+        RivalFolder(folder, "org/tiny")
     change(folder, format_version=2)
     with pytest.raises(ValueError, match="was not written by this version"):
         RivalFolder(folder, "org/tiny")
     (folder / "rivals.json").write_text("{")
     with pytest.raises(ValueError, match=r"rivals\.json is not valid JSON .+: make the rivals again"):
         RivalFolder(folder, "org/tiny")
+
+
+@pytest.mark.parametrize("name", ["steering.safetensors", "cast.safetensors", "lora/adapter_model.safetensors"])
+def test_a_file_that_is_cut_off(folder, name):
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-5])
+    with pytest.raises(OSError, match=r"\.safetensors is damaged .+: make the rivals again"):
+        RivalFolder(folder, "org/tiny").load([name.partition("/")[0].partition(".")[0]])
 
 
 def test_results_belong_to_the_rivals_that_gave_them(folder, tmp_path):

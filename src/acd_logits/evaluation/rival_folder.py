@@ -1,7 +1,8 @@
 """A folder of rivals, which `scripts/train_rivals.py` writes and `acd-logits evaluate --rivals` reads.
 
 rivals.json           `model`, which they were made for, and `rivals`, the settings of each by its arm's name
-steering.safetensors  `steering` and `cast`, the directions of both, and `condition`: `[hidden_size]` each
+steering.safetensors  `steering`, its direction: `[hidden_size]`
+cast.safetensors      `cast` and `condition`, both directions of CAST: `[hidden_size]` each
 lora/                 a stock peft adapter
 """
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from .rivals import Rival
 
 FORMAT_VERSION = 1
-SETTINGS_NAME, STEERING_NAME, LORA_NAME = "rivals.json", "steering.safetensors", "lora"
+SETTINGS_NAME, LORA_NAME = "rivals.json", "lora"
+STEERING_NAME, CAST_NAME = "steering.safetensors", "cast.safetensors"
 _ADAPTER = (f"{LORA_NAME}/adapter_config.json", f"{LORA_NAME}/adapter_model.safetensors")
-_FILES = {"steering": (STEERING_NAME,), "cast": (STEERING_NAME,), "lora": _ADAPTER, "safedecoding": _ADAPTER}
+_FILES = {"steering": (STEERING_NAME,), "cast": (CAST_NAME,), "lora": _ADAPTER, "safedecoding": _ADAPTER}
 
 
 class RivalFolder:
@@ -44,15 +46,7 @@ class RivalFolder:
             raise FileNotFoundError(
                 f"{path} holds no rivals: {SETTINGS_NAME} is missing, which scripts/train_rivals.py writes"
             )
-        try:
-            content = json.loads((path / SETTINGS_NAME).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path / SETTINGS_NAME} is not valid JSON ({error}): make the rivals again") from None
-        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path / SETTINGS_NAME} was not written by this version of scripts/train_rivals.py: make the rivals "
-                "again"
-            )
+        content = read_settings(path)
         if content["model"] != model:
             raise ValueError(
                 f"the rivals in {path} were made for {content['model']}, not for {model}: make them for this model"
@@ -92,16 +86,51 @@ class RivalFolder:
             batch_size: of a guard.
 
         Raises:
-            OSError: there is no such guard.
+            OSError: there is no such guard, or a file is damaged.
             ValueError: the folder is damaged, or a guard cannot be used.
         """
         found = {}
         for name in self.digests(names):
+            for file in _FILES.get(name, ()):
+                _check_tensors(self.path / file)
             try:
                 found[name] = _make_rival(self.path, name, self.settings[name], device, batch_size)
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{self.path} has damaged settings of {name!r} ({error}): make it again") from None
         return found
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a folder's rivals.json says, with `model` and `rivals` at least.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, or of another version.
+    """
+    file = path / SETTINGS_NAME
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): make the rivals again") from None
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{file} was not written by this version of scripts/train_rivals.py: make the rivals again")
+    for name, kind in (("model", str), ("rivals", dict)):
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{file} is damaged, since it names no {name}: make the rivals again")
+    return content
+
+
+def _check_tensors(path: Path) -> None:
+    """Raise OSError if a safetensors file is cut off or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise OSError(f"{path} is damaged ({error}): make the rivals again") from None
 
 
 def _make_rival(path: Path, name: str, settings: dict[str, Any], device: str | None, batch_size: int) -> Rival:
@@ -119,7 +148,7 @@ def _make_rival(path: Path, name: str, settings: dict[str, Any], device: str | N
         return AdaCD(**settings)
     if name == "guard":
         return Guard(ClassifierJudge(settings["model"], settings["harmless_label"], batch_size, device))
-    directions = load_file(path / STEERING_NAME)
+    directions = load_file(path / _FILES[name][0])
     condition = Condition(directions["condition"], **settings["condition"]) if name == "cast" else None
     return Steering(directions[name], settings["layer"], settings["strength"], condition)
 
