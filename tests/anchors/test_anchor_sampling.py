@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from acd_logits import anchors
 from acd_logits.anchors import SamplingSettings
+from acd_logits.anchors.sampling import open_partial
 from acd_logits.pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 from tiny_anchors import INSTRUCTIONS, TEMPLATE, build_anchor_model, build_anchor_tokenizer
 
@@ -54,3 +55,16 @@ def test_fewer_system_prompts_may_be_chosen(model, tokenizer, tmp_path):
     rows = anchors.sample_responses(model, tokenizer, INSTRUCTIONS[:3], tmp_path / "partial", settings)
     assert sorted(row["instruction"] for row in rows) == sorted(row["instruction"] for row in INSTRUCTIONS[:3])
     assert {row["system_prompt"] for row in rows} == {"null"}
+
+
+def test_a_partial_file_is_converted_line_by_line(tmp_path):
+    """So no more than one batch is in memory as JSON."""
+    path, seen = tmp_path / "partial.jsonl", []
+    assert open_partial(path, "run") == []
+    path.write_text(path.read_text() + '[{"a": 1}]\n[{"a": 2}]\n[{"a"')
+    assert open_partial(path, "run", lambda rows: rows[0]["a"]) == [1, 2]
+    assert path.read_text() == '{"run": "run"}\n[{"a": 1}]\n[{"a": 2}]\n'
+    path.write_text('{"run": "run"}\n[{"a": 1}]\nno json\n')
+    with pytest.raises(ValueError, match="of a run with another model"):
+        open_partial(path, "run", seen.append)
+    assert seen == [[{"a": 1}]]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -78,6 +79,7 @@ class TestTeacher:
     def test_a_run_that_was_stopped_goes_on(self, tokenizer, anchors, monkeypatch):
         pair = build_key_value_pair()
         whole = ask(tokenizer, anchors, pair, temperature=1.0)
+        assert all(type(e["teacher_log_probs"]) is torch.Tensor for e in whole)
         file = anchors.with_name("teacher.jsonl")
         lines = file.read_text().splitlines(keepends=True)
         assert len(lines) == 1 + 3  # 9 prompts in batches of 4
@@ -96,6 +98,25 @@ class TestTeacher:
         assert [e["response"] for e in again] == [e["response"] for e in whole]
         with pytest.raises(ValueError, match="of a run with another model, other instructions or settings"):
             ask(tokenizer, anchors, pair, temperature=0.5)
+
+    def test_a_template_that_writes_the_date_does_not_end_a_run(self, tokenizer, anchors, monkeypatch):
+        pair = build_key_value_pair()
+        settings = TeacherSettings(**{**SETTINGS, "seed": 0})
+        file, answers = anchors.with_name("teacher.jsonl"), []
+        for day in (93, 94):
+            examples = load_prompts(str(anchors), tokenizer, False, 0.0, 0, None)
+            for example in examples:
+                example["input_ids"].insert(0, day)
+            answers.append(ask_teacher(build_model(), tokenizer, examples, pair, settings, file))
+            monkeypatch.setattr(distil_data, "generate_batch", lambda *_, **__: pytest.fail("asks again"))
+        assert [e["response"] for e in answers[1]] == [e["response"] for e in answers[0]]
+
+    def test_a_repetition_penalty_of_the_model_is_left_out(self, tokenizer, anchors):
+        pair, model = build_key_value_pair(), build_model()
+        plain = ask(tokenizer, anchors, pair)
+        anchors.with_name("teacher.jsonl").unlink()
+        model.generation_config.repetition_penalty = 50.0
+        assert [e["response"] for e in ask(tokenizer, anchors, pair, model)] == [e["response"] for e in plain]
 
     def test_memory_is_bounded(self):
         assert check_memory(1000, 64, 64) == 1000 * 64 * (64 * 8 + 4)
@@ -228,6 +249,8 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(folder, monkeypatc
         patch.setattr(DistilTrainer, "compute_loss", stop_in_the_second_epoch)
         assert main(command(folder, output="stopped")) == 130
     assert list((folder / "stopped" / "run").glob("checkpoint-*"))
+    (folder / "whole").mkdir()
+    shutil.copy(folder / "stopped" / "teacher.jsonl", folder / "whole")
     for output in ("stopped", "whole"):
         assert main(command(folder, output=output)) == 0
     ends = [(folder / output / "adapter_model.safetensors").read_bytes() for output in ("stopped", "whole")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,20 +127,37 @@ def _sample_batch(
     return [{"response": response.text, "finished": response.finished} for response in responses]
 
 
-def open_partial(path: Path, digest: str) -> list[list[dict[str, Any]]]:
-    """The finished batches of an interrupted run: a line with its digest, then a line per batch."""
-    complete = path.read_bytes() if path.exists() else b""
-    complete = complete[: complete.rfind(b"\n") + 1]  # the last line was cut off if the run was killed in it
-    if not complete:
-        path.write_text(json.dumps({"run": digest}) + "\n", encoding="utf-8")
-        return []
-    try:
-        header, *batches = (json.loads(line) for line in complete.splitlines())
-    except ValueError:
-        header, batches = None, []
-    if header != {"run": digest}:
-        raise ValueError(
-            f"{path} is of a run with another model, other instructions or settings: repeat those, or delete it"
-        )
-    os.truncate(path, len(complete))
+def open_partial(path: Path, digest: str, convert: Callable[[list[dict[str, Any]]], Any] = list) -> list[Any]:
+    """The finished batches of an interrupted run: a line with its digest, then a line per batch.
+
+    Args:
+        path: the file, which is made if it is missing.
+        digest: of what the batches depend on.
+        convert: what is kept of a batch; called line by line, so that no more than one batch is in memory as JSON.
+
+    Raises:
+        OSError: the file cannot be read or written.
+        ValueError: it belongs to another run, or is damaged.
+    """
+    header, batches, complete = {"run": digest}, [], 0
+    with path.open("ab+") as file:
+        file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n"):  # it was cut off if the run was killed in it
+                break
+            try:
+                content = json.loads(line)
+            except ValueError:
+                content = None
+            if content is None or (not complete and content != header):
+                raise ValueError(
+                    f"{path} is of a run with another model, other instructions or settings: repeat those, or delete "
+                    "it"
+                )
+            if complete:
+                batches.append(convert(content))
+            complete += len(line)
+        file.truncate(complete)
+        if not complete:
+            file.write(json.dumps(header).encode() + b"\n")
     return batches

@@ -28,7 +28,8 @@ IGNORED = -100  # a label that is padding
 
 # Of one example: `input_ids` of the prompt; `response` tokens; the range of them that L_n is about, from `opening`
 # (the tokens that the opposite split's response begins with too) to `avoid_until`; `split` as an index into SPLITS;
-# `instruction`, `kind` and `mirror` as of the anchor data; `begun`, whether the prompt ends in an answer begun
+# `instruction`, `kind` and `mirror` as of the anchor data; `begun`, whether the prompt ends in an answer begun;
+# `texts` that the prompt is made of: the turns so far, the instruction, and the answer begun
 Example = dict[str, Any]
 Batch = dict[str, torch.Tensor]
 
@@ -148,6 +149,7 @@ def encode_anchors(
         limit = max_refusal_tokens if row["split"] == "D_HR" and max_refusal_tokens else max_response_tokens
         parts = {"input_ids": prompt, "response": response[:limit], "split": SPLITS.index(row["split"])}
         parts |= {"avoid_until": max_response_tokens, "begun": bool(row.get("begun"))}
+        parts["texts"] = [list(row.get("history") or ()), row["instruction"], row.get("begun") or ""]
         return parts | {name: row[name] for name in ("instruction", "kind", "mirror")}
 
     examples = [encode(row) for row in rows]

@@ -22,6 +22,7 @@ from ..anchors import SPLITS, load_anchor_data, split_held_out
 from ..anchors.sampling import open_partial
 from ..decoding.logits_process import ACDLogitsProcessor
 from ..files import digest
+from ..pairs.fit import chat_template_digest
 from ..responses import Response, check_context, end_tokens, generate_batch
 from .data import AnchorExamples, collate, encode_anchors
 
@@ -136,30 +137,36 @@ def ask_teacher(
     Returns:
         The examples with `response`, the tokens of the continuation with the one that ends it, and of each of them
         `teacher_ids`, `[R, k]`, likeliest first, and `teacher_log_probs`, `[R, k + 1]`, with that of all others last.
+        Where several tokens may end a response, the one with the lowest id stands for whichever did.
 
     Raises:
         OSError: the file cannot be read or written.
         ValueError: it belongs to a run with other settings, or a prompt does not fit into the model's context.
     """
-    prompts = sorted((e["input_ids"] for e in examples), key=lambda ids: (-len(ids), ids))
+    # By their texts, and not by their tokens: some chat templates write the date into those
+    asked = sorted(examples, key=lambda e: (-len(e["input_ids"]), e["texts"], e["split"]))
+    prompts = [e["input_ids"] for e in asked]
     soft = max(len(pair.safeguarding), len(pair.adversarial))
     check_context(model, soft + len(prompts[0]) + settings.max_response_tokens)
-    run = digest(model.name_or_path, str(model.dtype), pair.digest, vars(settings), prompts)
-    done = open_partial(partial_file, run)
+    texts = [[e["texts"], e["split"]] for e in asked]
+    form = chat_template_digest(tokenizer)
+    run = digest(model.name_or_path, str(model.dtype), pair.digest, vars(settings), form, texts)
+    done = open_partial(partial_file, run, _batch_tensors)
     batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     acd = ACDLogitsProcessor(model, pair, alpha=settings.alpha, beta=settings.beta, frozen_model=True)
     progress = logging.tqdm(desc="Teacher", total=len(prompts), initial=sum(map(len, done)), unit="response")
     with progress, partial_file.open("a", encoding="utf-8") as file:
         for batch in batches[len(done) :]:
-            done.append(_continue_batch(model, tokenizer, acd, batch, settings))
-            file.write(json.dumps(done[-1]) + "\n")
+            written = _continue_batch(model, tokenizer, acd, batch, settings)
+            file.write(json.dumps(written) + "\n")
             file.flush()
+            done.append(_batch_tensors(written))  # the lists take many times as much memory
             progress.update(len(batch))
     acd.detach()
     rows = zip(prompts, itertools.chain.from_iterable(done), strict=True)
     found = {tuple(ids): row for ids, row in rows}
     sides = examples.train, examples.held_out
-    return AnchorExamples(*([e | _tensors(found[tuple(e["input_ids"])]) for e in side] for side in sides))
+    return AnchorExamples(*([e | found[tuple(e["input_ids"])] for e in side] for side in sides))
 
 
 class _Recorder(LogitsProcessor):
@@ -193,7 +200,13 @@ def _continue_batch(
         # The settings and the batch decide its seed, whatever batches came before it, and in whichever run
         torch.manual_seed(int(digest(settings.seed, prompts)[:15], 16))
         responses = generate_batch(
-            model, tokenizer, prompts, settings.max_response_tokens, logits_processor=[acd, recorder], **sampling
+            model,
+            tokenizer,
+            prompts,
+            settings.max_response_tokens,
+            logits_processor=[acd, recorder],
+            repetition_penalty=1.0,  # the contrast alone is the teacher, whatever the model's generation_config says
+            **sampling,
         )
     return [_row(i, response, recorder, end_tokens(model, tokenizer)) for i, response in enumerate(responses)]
 
@@ -209,6 +222,10 @@ def _row(i: int, response: Response, recorder: _Recorder, ends: set[int]) -> dic
         tail = log_probs[i, -1].item()
         row["tail"].append(None if tail == -math.inf else round(tail, 5))
     return row
+
+
+def _batch_tensors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [_tensors(row) for row in rows]
 
 
 def _tensors(row: dict[str, Any]) -> dict[str, Any]:
