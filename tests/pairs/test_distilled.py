@@ -6,8 +6,10 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from transformers.utils import logging
 
 from acd_logits.pairs.distilled import DistilledPrompt
+from acd_logits.pairs.fit import chat_template_digest
 from conftest import build_distilled, build_model
 from reference import key_value_logits
 
@@ -44,13 +46,30 @@ def test_the_card_says_what_it_is(tmp_path):
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/tiny", "adapter")
     assert '"org/distilled")' in text
     assert "The teacher is the pair `org/pair` at\nalpha 0.4 and beta 0.2." in text
-    assert "| the first | 0.500 | 75.0 % |" in text
+    assert "| the first token | 0.500 | 75.0 % |" in text
     assert "| AdvBench | Distilled | 97.0 % | 92.0 to 99.0 | 100 |" in text
     assert "Not measured." in build_distilled().card()
     distilled.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("Mine\n")
     distilled.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "Mine\n"
+
+
+def test_another_model_or_chat_template_warns(model, tokenizer, caplog):
+    logging.enable_propagation()
+    model.config._name_or_path = model.name_or_path = "models/Tiny"
+    tokenizer.chat_template = "{{ messages }}"
+    facts = {"base_model_name_or_path": "org/tiny", "chat_template_sha256": chat_template_digest(tokenizer)}
+    for distilled in (build_distilled(), build_distilled(**facts)):
+        distilled.check(model)
+        distilled.check_chat_template(tokenizer)
+    assert not caplog.text
+    model.name_or_path = "org/other"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    distilled.check(model)
+    assert "This adapter was made for org/tiny, the model is org/other: it may protect less." in caplog.text
+    distilled.check_chat_template(tokenizer)
+    assert "This adapter was trained with another chat template: it may protect less." in caplog.text
 
 
 def test_what_is_refused(tmp_path):

@@ -216,7 +216,7 @@ def test_the_command_leaves_an_adapter_that_stock_peft_runs(folder, capsys, monk
     assert facts["teacher"] == {"pair": "pair", "pair_digest": pair.digest, "alpha": 0.5, "beta": 0.1}
     assert set(facts["training"]["held_out_loss"]["kept"]) <= {"epoch", "loss", *DISTIL_NAMES}
     card = (folder / "out" / "README.md").read_text()
-    assert "| the first | " in card
+    assert "| the first token | " in card
     assert str(folder) not in card.replace("path/to", "")
 
     # What the training ended with is what stock peft generates with

@@ -164,7 +164,7 @@ def _load_distilled(args: argparse.Namespace, needs_chat_template: bool, adapter
     return Assistant(
         model,
         tokenizer,
-        load_adapter(model, adapter, distilled),
+        load_adapter(model, tokenizer, adapter, distilled),
         alpha=distilled.facts["teacher"]["alpha"],
         beta=distilled.facts["teacher"]["beta"],
         seed=args.seed,

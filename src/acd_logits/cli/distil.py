@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import argparse
 
 SUMMARY = "turn a pair's contrast into one prompt that stock peft runs"
-_TOKENS = {"": "all tokens", "_first": "the first token", "_2_to_8": "tokens 2 to 8", "_9_on": "tokens 9 and later"}
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -44,11 +43,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report(losses: dict[str, dict[str, float]]) -> None:
+    from ..pairs.distilled import TOKEN_RANGES
+
     if not losses:
         return
     first, kept = losses.get("first", {}), losses["kept"]
     show(f"held out, before -> after {kept['epoch']:g} epochs:\n")
-    for where, words in _TOKENS.items():
+    for where, (words, _) in TOKEN_RANGES.items():
         names = [name for name in (f"KL{where}", f"agreement{where}") if name in kept]
         numbers = [f"{n.removesuffix(where)} {first.get(n, math.nan):.3f} -> {kept[n]:.3f}" for n in names]
         if numbers:

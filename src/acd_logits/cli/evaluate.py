@@ -245,7 +245,7 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
     model, tokenizer = load_model(args)
     if pair:
         pair.check_chat_template(tokenizer)
-    adapter = load_adapter(model, args.adapter, distilled) if distilled else None
+    adapter = load_adapter(model, tokenizer, args.adapter, distilled) if distilled else None
     try:
         results.start(comparison.run_facts(_command_line(), str(model.device)))
         comparison.run_comparison(

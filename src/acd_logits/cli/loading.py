@@ -40,12 +40,15 @@ def load_pair(args: argparse.Namespace) -> PromptPair | None:
     return PromptPair.from_pretrained(resolve_pair_name(name), revision=args.revision)
 
 
-def load_adapter(model: PreTrainedModel, name: str, distilled: DistilledPrompt) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, distilled: DistilledPrompt
+) -> PeftModel:
     """The model behind a distilled adapter, by stock peft; the model itself stays as it is."""
     from peft import PeftModel
 
     with user_errors(ValueError):
         distilled.check(model)
+    distilled.check_chat_template(tokenizer)
     with user_errors(OSError):
         return PeftModel.from_pretrained(model, name).eval()
 

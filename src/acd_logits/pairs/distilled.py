@@ -20,7 +20,7 @@ from huggingface_hub import ModelCardData
 from ..files import read_json, write_text
 from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, prompt_sizes, save_adapter
 from .config import SIZES
-from .fit import base_model
+from .fit import base_model, warn_of_other_model, warn_of_other_template
 from .hub import Repository, download
 from .key_values import check_shareable, key_value_sizes
 from .model_card import CARD_NAME, MARKER, TAGS, is_hub_id, own_card, results_table, settings_table
@@ -30,11 +30,17 @@ if TYPE_CHECKING:
 
     import torch
     from huggingface_hub import CommitInfo
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FACTS_NAME = "acd_distilled.json"
 _TEMPLATE = Template((Path(__file__).parent / "distilled_card.md").read_text(encoding="utf-8"))
-_MEASURED = {"": "all", "_first": "the first", "_2_to_8": "2 to 8", "_9_on": "9 and later"}
+# Of the tokens of a continuation, as they are measured apart: in words, and which they are
+TOKEN_RANGES = {
+    "": ("all tokens", slice(None)),
+    "_first": ("the first token", slice(1)),
+    "_2_to_8": ("tokens 2 to 8", slice(1, 8)),
+    "_9_on": ("tokens 9 and later", slice(8, None)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +49,8 @@ class DistilledPrompt:
 
     Args:
         prompt: keys and values, `[n, layers, 2, kv_heads, head_dim]`, keys first.
-        facts: what `acd_distilled.json` says: `base_model_name_or_path` and `base_model_revision`, `teacher`,
-            `training` and `results`.
+        facts: what `acd_distilled.json` says: `base_model_name_or_path`, `base_model_revision`,
+            `chat_template_sha256`, `teacher`, `training` and `results`.
     """
 
     prompt: torch.Tensor
@@ -78,7 +84,8 @@ class DistilledPrompt:
         """Check that it fits a model.
 
         Raises:
-            ValueError: the model has no plain keys and values, or a size differs.
+            ValueError: the model has no plain keys and values, or a size differs. A differing base model name only
+                warns.
         """
         model = base_model(model)
         check_shareable(model, key_value=True)
@@ -89,6 +96,11 @@ class DistilledPrompt:
                     f"this adapter was distilled for {SIZES[name].format(size)}, the model has {theirs.get(name)}: "
                     "use one of this model."
                 )
+        warn_of_other_model("adapter", self.facts.get("base_model_name_or_path"), model)
+
+    def check_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Warn if the tokenizer writes conversations in another form than the adapter has seen in training."""
+        warn_of_other_template("adapter", self.facts.get("chat_template_sha256"), tokenizer)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write it to a folder, which is made if it is missing; a README.md of the user's own stays.
@@ -143,7 +155,7 @@ class DistilledPrompt:
         kept = facts["training"].get("held_out_loss", {}).get("kept", {})
         rows = [
             f"| {words} | {kept[f'KL{where}']:.3f} | {100 * kept[f'agreement{where}']:.1f} % |"
-            for where, words in _MEASURED.items()
+            for where, (words, _) in TOKEN_RANGES.items()
             if f"KL{where}" in kept
         ]
         table = ["| Tokens | KL | Same top token |", "| --- | --- | --- |", *rows]

@@ -35,10 +35,21 @@ def check_fit(config: PairConfig, model: PreTrainedModel) -> None:
             f"this prompt pair was made for {difference[0]}, the model has {difference[1]}: use a pair made for "
             f"{facts['base_model_name_or_path'] or 'this model'}."
         )
-    ours, theirs = config.base_model_name_or_path, facts["base_model_name_or_path"]
+    warn_of_other_model("prompt pair", config.base_model_name_or_path, model)
+
+
+def warn_of_other_model(what: str, ours: Any, model: PreTrainedModel) -> None:
+    """Warn if a pair or an adapter, `what`, was made for a model of another name, `ours`; `None` says nothing."""
+    theirs = model.name_or_path
     # A folder and a Hub id of the same model share the last part of their names
-    if ours and theirs and Path(ours).name.lower() != Path(theirs).name.lower():
-        logger.warning(f"This prompt pair was made for {ours}, the model is {theirs}: it may protect less.")
+    if ours and theirs and Path(str(ours)).name.lower() != Path(theirs).name.lower():
+        logger.warning(f"This {what} was made for {ours}, the model is {theirs}: it may protect less.")
+
+
+def warn_of_other_template(what: str, ours: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn if a pair or an adapter, `what`, has seen a chat template of another digest, `ours`, in training."""
+    if ours is not None and ours != chat_template_digest(tokenizer):
+        logger.warning(f"This {what} was trained with another chat template: it may protect less.")
 
 
 def check_fit_unloaded(pair: PairConfig, config: PretrainedConfig, name: str, transfer: bool) -> bool:

@@ -23,12 +23,11 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging
 
 from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, prompt_sizes, save_adapter
 from .config import CONFIG_NAME, SIZES, PairConfig
 from .custom_generate import write_custom_generate
-from .fit import base_model, chat_template_digest, check_fit, embed_tokens, model_facts
+from .fit import base_model, check_fit, embed_tokens, model_facts, warn_of_other_template
 from .hub import Repository, download
 from .key_values import embeddings_to_key_values
 from .model_card import CARD_NAME, generate_card, own_card
@@ -37,8 +36,6 @@ from .texts import OPPOSITE_PROMPT, SAFE_PROMPT, system_prompt_ids
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.get_logger(__name__)
 
 STREAMS = ("safeguarding", "adversarial")
 
@@ -158,9 +155,7 @@ class PromptPair:
 
     def check_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Warn if the tokenizer writes conversations in another form than the pair has seen in training."""
-        ours = self.config.chat_template_sha256
-        if ours is not None and ours != chat_template_digest(tokenizer):
-            logger.warning("This prompt pair was trained with another chat template: it may protect less.")
+        warn_of_other_template("prompt pair", self.config.chat_template_sha256, tokenizer)
 
     @classmethod
     def from_pretrained(

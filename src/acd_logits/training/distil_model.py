@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..pairs.distilled import TOKEN_RANGES
 from ..pairs.key_values import embeddings_to_key_values
 from .data import IGNORED
 from .distil_data import collate_teacher
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from .arguments import RunArguments
     from .data import Batch
 
-# Of the tokens of a continuation, as the log has them apart: all, the first, the second to eighth, and what follows
-RANGES = {"": slice(None), "_first": slice(1), "_2_to_8": slice(1, 8), "_9_on": slice(8, None)}
+RANGES = {where: tokens for where, (_, tokens) in TOKEN_RANGES.items()}
 MEASURES = ("divergence", "KL", "agreement")
 DISTIL_NAMES = [f"{measure}{where}" for measure in MEASURES for where in RANGES]
 
