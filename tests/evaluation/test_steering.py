@@ -77,3 +77,12 @@ def test_the_hooks_go_with_an_error(model, direction):
     with pytest.raises(KeyError), Steering(direction, 1, 1.0).applied(model):
         raise KeyError
     assert not decoder_layers(model)[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba2"])
+def test_a_condition_needs_a_cache(tokenizer, direction, name):
+    model = build_model(name)
+    model.generation_config.use_cache = name == "mamba2"
+    condition = Condition(direction, layer=1, threshold=0.0, larger=True)
+    with pytest.raises(ValueError, match=r"generates without one: set use_cache .+, or leave 'cast' out"):
+        answer(Steering(direction, 1, 1.0, condition), model, tokenizer)

@@ -75,14 +75,23 @@ class Steering(ChangedModel):
 
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """Hook the addition into the model."""
+        """Hook the addition into the model.
+
+        Raises:
+            ValueError: in the first forward, if there is a condition and the model generates without a cache.
+        """
         added, condition = self.strength * self.direction.to(model.device), self.condition
         mask: Any = None
         met: Any = None
 
         def note_prompt(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal mask
-            ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
+            ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+            if cache is None:
+                raise ValueError(
+                    f"CAST tells a request from its answer by a cache of keys, and {type(model).__name__} generates "
+                    "without one: set use_cache in its generation_config, or leave 'cast' out."
+                )
             given = kwargs.get("attention_mask")  # generate() leaves out a mask of ones
             mask = None if cache.get_seq_length() else torch.ones_like(ids) if given is None else given
 
