@@ -33,14 +33,14 @@ from acd_logits.cli.options import (
     positive_int,
 )
 from acd_logits.evaluation import plots
-from acd_logits.evaluation.adaptive import Budget, allowed_tokens, attack, choose_target
+from acd_logits.evaluation.adaptive import Budget, allowed_tokens, attack, check_request, choose_target
 from acd_logits.evaluation.adaptive_report import AttackFolder
-from acd_logits.evaluation.arms import ARMS, Arm, arm_processor, check_arms
+from acd_logits.evaluation.arms import ARMS, Arm, arm_processor, arm_prompt, check_arms
 from acd_logits.evaluation.benchmarks import load_benchmark
 from acd_logits.evaluation.comparison import run_facts
 from acd_logits.evaluation.defence import Defence
 from acd_logits.files import digest
-from acd_logits.responses import as_messages, encode_messages
+from acd_logits.responses import as_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,6 +143,9 @@ def attack_all(
     defences = {name: Defence(processor, args.batch_size) for name, processor in arms.items()}
     undefended = arm_processor(ARMS[UNDEFENDED], model, tokenizer)
     allowed = allowed_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
+    for request in requests:
+        for name, processor in arms.items():
+            check_request(processor, tokenizer, ask_as(ARMS[name], tokenizer), request, budget)
     for number, request in enumerate(requests, start=1):
         missing = {name: defence for name, defence in defences.items() if not folder.is_finished(request, name)}
         if not missing:
@@ -160,12 +163,7 @@ def attack_all(
 
 def ask_as(arm: Arm, tokenizer: PreTrainedTokenizerBase) -> Ask:
     """How an arm makes token ids of what the user writes."""
-
-    def ask(text: str) -> list[int]:
-        messages = as_messages([text])
-        return encode_messages(tokenizer, arm.transform(messages) if arm.transform else messages)
-
-    return ask
+    return lambda text: arm_prompt(tokenizer, as_messages([text]), arm.transform)
 
 
 def main() -> int:

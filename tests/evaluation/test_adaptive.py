@@ -264,6 +264,15 @@ def test_a_run_that_was_stopped_goes_on(command, tmp_path):
     assert "holds an attack with steps 2, not 3: choose another folder" in complaint
 
 
+def test_a_request_that_cannot_be_attacked_is_named_before_any_search(command, tmp_path):
+    (tmp_path / "requests.txt").write_text(f"Pick the lock?\n{'Open the door ' * 200}\n")
+    code, complaint = command("--steps", "2")
+    assert code == 1
+    assert "the request 'Open the door Open" in complaint
+    assert "cannot be attacked, leave it out: the longest prompt and its response take" in complaint
+    assert not (tmp_path / "out" / "attacks.jsonl").exists()
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"settings": {}}', "[]"])
 def test_a_folder_of_something_else_is_left_alone(tmp_path, content):
     (tmp_path / "run.json").write_text(content)

@@ -112,3 +112,10 @@ def test_models_without_plain_keys_are_refused(name):
     acd = ACDLogitsProcessor(build_model(name), build_pair())
     with pytest.raises(ValueError, match="the adaptive attack needs full attention over plain keys"):
         Defence(acd)
+
+
+def test_a_repetition_penalty_is_refused():
+    model = build_model()
+    model.generation_config.repetition_penalty = 1.2
+    with pytest.raises(ValueError, match=r"generation_config has repetition_penalty 1\.2, which the adaptive attack"):
+        Defence(ACDLogitsProcessor(model, build_pair()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..refusal import complies, turns_around
-from ..responses import generate_responses
+from ..responses import check_context, generate_responses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +135,32 @@ def draw_candidates(
         if len(found) == count:
             break
     return [list(candidate) for candidate in found]
+
+
+def check_request(
+    acd: ACDLogitsProcessor, tokenizer: PreTrainedTokenizerBase, ask: Ask, request: str, budget: Budget
+) -> None:
+    """Check that a request can be attacked, before any search.
+
+    Args:
+        acd: the processor of what is attacked.
+        tokenizer: the model's.
+        ask: makes the token ids of a conversation out of the text that the user writes.
+        request: that text.
+        budget: the lengths of suffix, target and answer.
+
+    Raises:
+        ValueError: it does not fit into the model's context, or the tokenizer does not keep a suffix behind it.
+    """
+    try:
+        asked = SuffixedRequest(tokenizer, ask, request, budget.suffix_tokens)
+        written = len(asked.before) + len(asked.suffix) + len(asked.after)
+        declared = len(tokenizer(DECLARED, add_special_tokens=False)["input_ids"])
+        behind = max(budget.max_new_tokens, budget.target_tokens, declared)
+        check_context(acd.model, max(map(len, acd.streams.prompts)) + written + behind)
+    except ValueError as error:
+        name = textwrap.shorten(request, 60, placeholder=" ...")
+        raise ValueError(f"the request {name!r} cannot be attacked, leave it out: {error}") from None
 
 
 def choose_target(

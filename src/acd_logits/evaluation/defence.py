@@ -39,7 +39,8 @@ class Defence:
         batch_size: candidates in one forward.
 
     Raises:
-        ValueError: the model's keys and values depend on more than the tokens in front and their positions.
+        ValueError: the model's keys and values depend on more than the tokens in front and their positions, or its
+            generation_config has a repetition penalty.
     """
 
     def __init__(self, acd: ACDLogitsProcessor, batch_size: int = 32) -> None:
@@ -49,6 +50,12 @@ class Defence:
             raise ValueError(
                 f"the adaptive attack needs full attention over plain keys, which {type(self.model).__name__} with "
                 f"{attention} attention has not: choose another model, or attn_implementation='sdpa'."
+            )
+        penalty = self.model.generation_config.repetition_penalty
+        if penalty not in (None, 1.0):
+            raise ValueError(
+                f"the model's generation_config has repetition_penalty {penalty:g}, which the adaptive attack does "
+                "not follow: set it to 1."
             )
         self.shared = isinstance(acd.streams, SharedStreams)
         self.prompts = [self._key_values(prompt) for prompt in acd.streams.prompts[: 2 if acd.alpha else 1]]
