@@ -71,8 +71,11 @@ def test_acd_is_compared_on_the_same_requests(results):
     assert (None, "safe-ap") not in against
 
 
-def test_the_main_strength_is_that_of_most_cells():
+def test_the_main_strength_is_the_pairs_own_or_that_of_most_cells():
     assert main_strength([Cell("a", "base")]) == {"alpha": None, "beta": None}
     cells = [Cell("a", "acd", alpha, 0.1) for alpha in (0.0, 0.4, 0.6, 1.0)]
     assert main_strength(cells)["alpha"] == 0.4
-    assert main_strength([*cells, Cell("a", "oid", 1.0, 0.1)]) == {"alpha": 1.0, "beta": 0.1}
+    cells.append(Cell("a", "oid", 1.0, 0.1))
+    assert main_strength(cells) == {"alpha": 1.0, "beta": 0.1}
+    assert main_strength(cells, {"alpha": 0.6, "beta": 0.1}) == {"alpha": 0.6, "beta": 0.1}
+    assert main_strength(cells, {"alpha": 0.3, "beta": 0.1}) == {"alpha": 1.0, "beta": 0.1}  # which nobody measured

@@ -247,7 +247,8 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         pair.check_chat_template(tokenizer)
     adapter = load_adapter(model, tokenizer, args.adapter, distilled) if distilled else None
     try:
-        results.start(comparison.run_facts(_command_line(), str(model.device)))
+        strength = {"alpha": alpha, "beta": beta}  # the pair's own, at which arms are compared
+        results.start(comparison.run_facts(_command_line(), str(model.device)) | {"strength": strength})
         comparison.run_comparison(
             model.eval(),
             tokenizer,

@@ -46,7 +46,7 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
         every[cell_of(row)].append(row)
     direct = {cell: some for cell, some in every.items() if cell == cell.direct}
     rows = {cell: some for cell, some in direct.items() if not is_scored(some)}
-    main = main_strength(direct)
+    main = main_strength(direct, *(run["strength"] for run in results.run["runs"][-1:] if "strength" in run))
     return {
         "format_version": 1,
         "settings": results.run["settings"],
@@ -63,11 +63,16 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
     }
 
 
-def main_strength(cells: Iterable[Cell]) -> dict[str, float | None]:
-    """The alpha and beta of most cells; of several, those nearest to 0.5 and 0.1."""
+def main_strength(cells: Iterable[Cell], own: dict[str, float] | None = None) -> dict[str, float | None]:
+    """The pair's own alpha and beta, if some cells have them.
+
+    Else those of most cells, and of several the nearest to 0.5 and 0.1.
+    """
     strengths = Counter((cell.alpha, cell.beta) for cell in cells if cell.alpha is not None and cell.beta is not None)
     if not strengths:
         return {"alpha": None, "beta": None}
+    if own and (own["alpha"], own["beta"]) in strengths:
+        return {**own}
     alpha, beta = min(strengths, key=lambda s: (-strengths[s], abs(s[0] - 0.5), abs(s[1] - 0.1)))
     return {"alpha": alpha, "beta": beta}
 
