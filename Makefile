@@ -6,7 +6,7 @@
 # make dist   sdist and wheel into dist/, checked; the wheel runs the README's first example in an empty environment
 # make bench  measure the first table of docs/benchmarks.md, on a quiet machine
 # make bench-vllm, make soak-vllm    the same pair on a real vLLM: speed, and thousands of mixed requests
-# make pair   train a key-value pair for the demo model, into new-pair/3 (about 80 minutes)
+# make pair   train a key-value pair for the demo model, into new-pair/3 (three steps; not timed as a whole)
 # make evaluation    the paper's arms and the sweep over alpha on public benchmarks, into results/
 
 PYTHON ?= python3

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from acd_logits.pairs.prompt_pair import PromptPair
 
 UNDEFENDED = "null"  # the arm whose answers the targets come from: nothing in front
+ATTACKED = [name for name, arm in ARMS.items() if not (arm.rival or arm.needs_adapter)]  # what has logits to attack
 SPENT = {
     "steps": "steps of a search",
     "candidates": "suffixes whose loss is computed in a step",
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="ARM",
         default=["null", "sp", "acd"],
-        help=f"attack some of {', '.join(ARMS)} (default: null sp acd)",
+        help=f"attack some of {', '.join(ATTACKED)} (default: null sp acd)",
     )
     model = parser.add_argument_group("model and prompt pair")
     add_model_argument(model)

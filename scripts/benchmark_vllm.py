@@ -13,7 +13,7 @@ They take turns in every repeat; an engine that waits uses no CPU. Each is measu
 (time to the first token), with one prompt (latency), and with all of them at once (throughput, new tokens of all
 prompts over wall time). Figures are medians over the repeats, and ratios are formed within a repeat. vLLM's prefix
 caching is on, as by default, and no prompt comes twice: what it finds is what all requests begin with, the start of
-the chat template and, with the contrast, embedding prompts. `KV tokens` is how many tokens of requests fit into vLLM's
+the chat template and, with an embedding pair, its prompts. `KV tokens` is how many tokens of requests fit into vLLM's
 cache, of which both engines get the same memory.
 """
 

@@ -337,7 +337,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_device_arguments(parser)
     parser.add_argument("--held_out_fraction", type=share, default=0.15, help="as of acd-logits train (0.15)")
-    parser.add_argument("--seed", type=int, default=0, help="as of acd-logits train (0)")
+    parser.add_argument("--seed", type=int, default=42, help="as of acd-logits train (42)")
     choice = parser.add_argument_group("choosing on held-out requests")
     choice.add_argument("--num_requests", type=positive_int, default=50, help="ask this many of each kind (50)")
     add_length_argument(choice, default=16)

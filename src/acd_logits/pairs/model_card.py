@@ -38,8 +38,8 @@ _KINDS = {
 
 A virtual token is a key and a value in every layer. The prompts were made for a shared instruction, and are decoded
 so: the instruction does not see them, only its last token and the new tokens do.""",
-        "under": """, where the whole input sees it and stands further away from it than in
-training, so measure it""",
+        "under": """. There the whole input sees the prompt, and
+stands further away from it than in training: measure it before you rely on it""",
     },
 }
 
