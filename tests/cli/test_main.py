@@ -36,7 +36,7 @@ def test_a_reader_that_goes_away_is_no_error(model_path):
 
 
 def test_an_interrupt_is_quiet(monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("acd_logits.cli.generate.load_assistant", interrupt)

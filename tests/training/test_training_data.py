@@ -53,7 +53,8 @@ def test_long_responses_are_cut_off(tokenizer):
     (example,) = encode_anchors(anchor_rows(1)[:1], tokenizer, False, 2)
     prompt = f"{HARMFUL} w30"
     parts = {"input_ids": tokenizer(prompt)["input_ids"], "response": [50, 51], "opening": 0, "avoid_until": 2}
-    assert example == parts | {"split": 0, "instruction": prompt, "kind": "harmful", "mirror": "0", "begun": False}
+    parts |= {"split": 0, "instruction": prompt, "kind": "harmful", "mirror": "0", "begun": False}
+    assert example == parts | {"texts": [[], prompt, ""]}
 
 
 def test_refusals_are_followed_to_their_end_and_avoided_at_their_start(tokenizer):
