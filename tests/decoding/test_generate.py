@@ -448,11 +448,7 @@ def counting_backend():
     return backend, graphs
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [build_pair(), build_pair(share_instruction_kv=True), build_key_value_pair()],
-    ids=["paired", "shared", "kv"],
-)
+@pytest.mark.parametrize("pair", [build_pair(), build_key_value_pair()], ids=["paired", "shared"])
 def test_a_compiled_forward_stays_compiled(pair):
     """However many tokens are made, nothing is compiled again."""
     counts = []

@@ -61,7 +61,7 @@ CONTEXTS = {"autocast": functools.partial(torch.autocast, "cpu", torch.bfloat16)
 
 LONG = int(os.environ.get("STATE_MACHINE_EXAMPLES", 0))
 LIVES = settings(
-    max_examples=LONG or 6,
+    max_examples=LONG or 4,
     stateful_step_count=40 if LONG else 20,
     derandomize=not LONG,
     deadline=None,

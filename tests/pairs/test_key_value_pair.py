@@ -345,7 +345,7 @@ def test_the_card_says_what_they_are():
     assert "(SP) of 7 virtual tokens" in text
     assert "a key and a value in every layer" in text
     assert "the instruction does not see them, only its last token and the new tokens do" in text
-    assert "with stock peft, where the whole input sees it" in text
+    assert "with stock peft. There the whole input sees the prompt" in text
     assert "(hidden size 32, layers 3, key-value heads 2, head size 8)" in text
     tags = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])["tags"]
     assert "cartridge" in tags
