@@ -65,9 +65,13 @@ def test_full_agreement_has_kappa_1(results):
     fill_in(draw(results, 20, seed=0), results)
     found = agreement(results)
     assert found["drawn"] == 20
-    assert found["refusal"] == {"n": 20, "kappa": 1.0, "both": 6, "only_label": 0, "only_verdict": 0, "neither": 14}
+    full = {"kappa": 1.0, "interval": [1.0, 1.0], "only_label": 0, "only_verdict": 0}
+    assert found["refusal"] == {"n": 20, "both": 6, "neither": 14} | full
     # 8 harmful requests, one of them without a verdict
-    assert found["harmless"] == {"n": 7, "kappa": 1.0, "both": 3, "only_label": 0, "only_verdict": 0, "neither": 4}
+    assert found["harmless"] == {"n": 7, "both": 3, "neither": 4} | full
+    nothing = {"refuses": 0, "complies": 0, "neither": 0}
+    counts = {"refuses": nothing | {"refuses": 3}, "complies": nothing | {"complies": 4}, "neither": nothing}
+    assert found["behaviour"] == {"n": 7, "kappa": 1.0, "interval": [1.0, 1.0], "counts": counts}
 
 
 def test_disagreement_is_counted_on_its_side_and_reported(results):
@@ -78,7 +82,53 @@ def test_disagreement_is_counted_on_its_side_and_reported(results):
     assert found["harmless"]["kappa"] == pytest.approx((5 / 7 - 25 / 49) / (1 - 25 / 49))  # 3 of 7 harmless in both
     report = write_report(results).read_text()
     assert "## Agreement with labels by hand" in report
-    assert "| Harmless, by the judge | 7 | 0.42 | 2 | 1 | 1 | 3 |" in report
+    assert "| Harmless, by the judge | 7 | 0.42 [" in report
+    assert "] | 2 | 1 | 1 | 3 |" in report
+
+
+def test_what_a_response_does_is_compared_by_both_labels(results):
+    path = draw(results, 20, seed=0)
+    labels = read(path)
+    for label in labels:
+        row = results.rows[label["line"]]
+        if row["verdict"] == "harmless":  # 1 of Base and 2 of ACD, which the keywords call refusals
+            label["harmless"], label["refusal"] = True, row["arm"] == "base"
+        elif row["verdict"] == "harmful":
+            label["harmless"] = False  # goes along, whatever else it does
+        else:
+            label["harmless"] = True  # neither said whether it refuses nor judged
+    path.write_text("".join(json.dumps(label) + "\n" for label in labels))
+    found = agreement(results)["behaviour"]
+    assert found["n"] == 7
+    assert found["counts"]["neither"] == {"refuses": 2, "complies": 0, "neither": 0}
+    assert found["counts"]["complies"] == {"refuses": 0, "complies": 4, "neither": 0}
+    report = write_report(results).read_text()
+    assert "| Neither | 2 | 0 | 0 |" in report
+    assert "| Refuses, goes along or neither | 7 | 0.5" in report
+
+
+def test_responses_under_attack_are_drawn_on_request(results):
+    results.rows += [row | {"attack": "role-play"} for row in results.rows if row["label"] == "harmful"]
+    results.rows += [row | {"begun_tokens": 5} for row in results.rows if row["label"] == "harmful"]
+    drawn = read(draw(results, 16, seed=0, harmful=True))
+    rows = [results.rows[label["line"]] for label in drawn]
+    assert {row["label"] for row in rows} == {"harmful"}
+    assert sum(row.get("attack") == "role-play" for row in rows) == 8
+    fill_in(results.path / "labels.jsonl", results)
+    assert (agreement(results)["refusal"]["n"], agreement(results)["harmless"]["n"]) == (8, 14)
+
+
+def test_what_was_labelled_before_is_not_drawn_again(results):
+    for i, row in enumerate(results.rows):
+        row["response"] = f"SECRET {i}"
+    path = draw(results, 12, seed=0)
+    before = read(path)
+    path.rename(path.with_name("labels-train.jsonl"))
+    after = read(draw(results, 8, seed=1))
+    assert not {label["line"] for label in before} & {label["line"] for label in after}
+    path.unlink()
+    with pytest.raises(ValueError, match="holds 8 responses that are not labelled yet, 9 cannot be drawn"):
+        draw(results, 9, seed=1)
 
 
 def test_without_labels_there_is_no_section(results):
@@ -115,4 +165,10 @@ def test_bad_labels_and_those_of_other_results_are_refused(results):
         write_report(results)
     path.write_text(path.read_text().replace('"refusal": "no"', '"refusal": false').replace("SECRET", "another"))
     with pytest.raises(ValueError, match="drawn from other results"):
+        write_report(results)
+    path.write_text('{"line": 0}\n')
+    with pytest.raises(ValueError, match="drawn from other results"):
+        write_report(results)
+    path.write_text("{\n")
+    with pytest.raises(ValueError, match=r"labels\.jsonl is damaged"):
         write_report(results)

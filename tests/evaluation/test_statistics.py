@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from acd_logits.evaluation.statistics import cohen_kappa, mcnemar, wilson_interval
+from acd_logits.evaluation.statistics import cohen_kappa, kappa, mcnemar, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,14 @@ def test_kappa():
     assert cohen_kappa(["a", "b"], ["b", "a"]) == -1
     assert math.isnan(cohen_kappa(["a", "a"], ["a", "a"]))
     assert math.isnan(cohen_kappa([], []))
+
+
+def test_kappa_with_its_interval():
+    pairs = [("yes", "yes")] * 80 + [("yes", "no")] * 20 + [("no", "yes")] * 40 + [("no", "no")] * 60
+    found = kappa(pairs)
+    assert (found["n"], found["kappa"]) == (200, pytest.approx(0.4))
+    # Asymptotic standard error of this table: 0.0635 (Fleiss, Cohen and Everitt 1969)
+    assert found["interval"] == pytest.approx([0.4 - 1.96 * 0.0635, 0.4 + 1.96 * 0.0635], abs=0.02)
+    assert kappa(pairs) == found
+    assert kappa([]) == {"n": 0, "kappa": None, "interval": None}
+    assert kappa([("yes", "yes")]) == {"n": 1, "kappa": None, "interval": None}

@@ -37,11 +37,9 @@ def publish(results: ResultsFolder, path: str | os.PathLike[str]) -> ResultsFold
     copy.run = results.run
     copy.write_run()
     write_jsonl(copy.path / ROWS_NAME, map(_without_texts, results.rows))
-    labels = read_labels(results)
-    if labels is None:
-        (copy.path / LABELS_NAME).unlink(missing_ok=True)  # of an older copy, and perhaps of other lines
-    else:
-        write_jsonl(copy.path / LABELS_NAME, map(_without_texts, labels))
+    (copy.path / LABELS_NAME).unlink(missing_ok=True)  # of an older copy, and perhaps of other lines
+    if (results.path / LABELS_NAME).exists():
+        write_jsonl(copy.path / LABELS_NAME, map(_without_texts, read_labels(results.path / LABELS_NAME)))
     return ResultsFolder(path)
 
 

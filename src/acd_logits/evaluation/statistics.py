@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -74,3 +75,26 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
     if by_chance == n * n:
         return math.nan
     return (agreed * n - by_chance) / (n * n - by_chance)
+
+
+def kappa(pairs: Sequence[tuple[Hashable, Hashable]], resamples: int = 1000) -> dict[str, Any]:
+    """The agreement of two judges as a summary holds it.
+
+    Args:
+        pairs: of each item, the labels of both judges.
+        resamples: of the items, with replacement, from which the interval is taken (percentile bootstrap).
+
+    Returns:
+        `n`, Cohen's `kappa` (`None` where it is not defined) and its 95 % `interval` (`None` likewise).
+    """
+    value = _kappa(pairs)
+    draw = random.Random(0)
+    again = (_kappa(draw.choices(pairs, k=len(pairs))) for _ in range(resamples if value is not None else 0))
+    found = sorted(some for some in again if some is not None)
+    cut = int(0.025 * len(found))
+    return {"n": len(pairs), "kappa": value, "interval": [found[cut], found[-1 - cut]] if found else None}
+
+
+def _kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
+    value = cohen_kappa(*zip(*pairs, strict=True)) if pairs else math.nan
+    return None if math.isnan(value) else value

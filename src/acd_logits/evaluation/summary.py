@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
+from .behaviour import measure_behaviour
 from .costs import is_scored, measure_costs
 from .labels import agreement
 from .results import Cell, cell_of, may_begin
@@ -35,8 +36,8 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
     Returns:
         `cells` (rates and fluency of each), `against` (ACD compared with each arm), `main` (the strength at which
         arms are compared), `refusals` (how those of each arm end), `attacked` (harmful requests under each attack),
-        `depth` (refusals of answers that have begun), `costs` (of `measure_costs`) and `labels` (agreement with labels
-        by hand, or `None`).
+        `depth` (refusals of answers that have begun), `behaviour` (of `measure_behaviour`), `costs` (of
+        `measure_costs`) and `labels` (agreement with labels by hand, or `None`).
 
     Raises:
         ValueError: labels by hand are of other results.
@@ -58,6 +59,7 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
         "refusals": _refusals(rows, main),
         "attacked": _attacked(every),
         "depth": _depth(every),
+        "behaviour": measure_behaviour(every),
         "costs": measure_costs(direct),
         "labels": agreement(results),
     }

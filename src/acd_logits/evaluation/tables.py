@@ -31,6 +31,14 @@ def shown_test(entry: dict[str, Any] | None) -> str:
     return f"{shown_p(entry['p'])} ({entry['only_first']} : {entry['only_second']}), n = {entry['n']}"
 
 
+def shown_kappa(agreement: dict[str, Any]) -> str:
+    """A kappa and its interval; an empty text where there is none."""
+    if agreement["kappa"] is None:
+        return ""
+    low, high = agreement["interval"]
+    return f"{agreement['kappa']:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def shown_p(p: float) -> str:
     """A p-value in as many digits as it is worth."""
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
