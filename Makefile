@@ -87,8 +87,8 @@ test-families: $(VENV)/dev
 
 # Left out: what reaches transformers through the rest of the package only, and some long tests of torch and peft
 REACHED = anchors cli decoding/test_explanation.py decoding/test_state_machine.py decoding/test_step_cost.py evaluation \
-	test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_gpu_check.py test_train_rivals.py \
-	training/test_train_command.py
+	test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_gpu_check.py test_train_harm_judge.py \
+	test_train_rivals.py training/test_train_command.py
 
 test-oldest: $(OLDEST)/dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model" -k "not stays_compiled and not compiled_model" \
