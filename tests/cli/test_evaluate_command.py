@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from acd_logits.cli import main
 from acd_logits.evaluation import judges
 from acd_logits.evaluation.attacks import ATTACKS
+from acd_logits.evaluation.harm import HarmClassifier
 from acd_logits.responses import encode_messages, generate_responses
-from conftest import ENVIRONMENT, ROOT, VOCAB, build_distilled, build_model, build_pair, build_tokenizer
+from conftest import ENVIRONMENT, HIDDEN, ROOT, VOCAB, build_distilled, build_model, build_pair, build_tokenizer
 
 SETTINGS = ["--max_new_tokens", "4", "--device", "cpu"]
 
@@ -136,6 +137,34 @@ def test_attacks(evaluate, folder, tmp_path, capsys):
     assert set(known) == {*ATTACKS, "own"}, "no name means all"
 
 
+def test_a_harm_judge_at_once_and_afterwards(evaluate, fails, folder, tmp_path):
+    """The same verdicts, whether the judge reads the answers when they are written or later."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, HIDDEN), torch.zeros(1, 2, HIDDEN), torch.zeros(1)]
+    HarmClassifier(str(folder / "model"), (1,), *tensors).save(tmp_path / "judge")
+    harm = ["--judge", f"harm:{tmp_path / 'judge'}"]
+    arms = ["--pair", str(folder / "pair"), "--arms", "base", "sp", "acd", "--attacks", "fiction"]
+    evaluate(*requests(folder), *arms, *harm)
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert "## What the responses do" in report
+
+    evaluate(*requests(folder), *arms, output="keywords")
+    shown = evaluate("--rejudge", str(tmp_path / "keywords"), *harm, output="again")
+    assert "Finished acd alpha 0.5 beta 0.1 under fiction on bad\n" in shown.err
+    rows = [(tmp_path / name / "results.jsonl").read_text() for name in ("results", "again", "keywords")]
+    assert rows[0] == rows[1] != rows[2]
+    assert (tmp_path / "again" / "report.md").read_text().split("```")[2] == report.split("```")[2]
+    again = ["--rejudge", str(tmp_path / "keywords"), *harm]
+    assert "holds results already: choose another folder for those" in fails(*again)
+    evaluate("--report_only", "--draw_labels", "12", "--draw_harmful", output="again")
+
+    tensors[0] = -tensors[0]
+    HarmClassifier(str(folder / "model"), (1,), *tensors).save(tmp_path / "judge")
+    assert "holds results with judge_digest" in fails(*requests(folder), *arms, *harm)
+    HarmClassifier("org/other", (1,), *tensors).save(tmp_path / "judge")
+    assert "was trained for org/other, not for" in fails(*requests(folder), *arms, *harm)
+
+
 def test_the_rates_go_into_the_card_of_the_pair(evaluate, fails, folder, tmp_path):
     pair = tmp_path / "pair"
     shutil.copytree(folder / "pair", pair)
@@ -197,6 +226,11 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
         (["--judge", "vibes"], "there is no judge 'vibes'"),
         (["--judge", "llm:"], "there is no judge 'llm:'"),
         (["--judge", "classifier:{folder}/absent"], "absent"),
+        (["--judge", "harm:"], "choose keywords, harm:FOLDER, classifier:ID or llm:NAME"),
+        (["--judge", "harm:{folder}"], "holds no harm judge: harm_judge.json is missing"),
+        (["--rejudge", "{folder}/absent", "--judge", "keywords"], "absent holds no results"),
+        (["--rejudge", "{folder}", "--report_only"], "--rejudge writes new results"),
+        (["--draw_harmful"], "--draw_harmful is about --draw_labels N and needs it"),
         (["--judge_url", "http://localhost"], "--judge_url needs --judge llm:NAME"),
         (["--harmless_label", "safe"], "--harmless_label needs --judge classifier:ID"),
         (["--attacks", "poem"], "there is no attack 'poem'"),

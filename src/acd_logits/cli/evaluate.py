@@ -31,9 +31,11 @@ from .options import (
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from ..evaluation.benchmarks import Label
     from ..evaluation.comparison import Decoding
+    from ..evaluation.harm import HarmClassifier
     from ..evaluation.judges import Judge
     from ..evaluation.results import Cell, ResultsFolder
     from ..pairs.distilled import DistilledPrompt
@@ -61,8 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument(
         "--judge",
         default="keywords",
-        help="judge by keywords, by classifier:ID of a Hugging Face classifier or guard, or by llm:NAME of an Inspect "
-        "model such as llm:openai/gpt-4o (default: %(default)s)",
+        help="judge by keywords, by harm:FOLDER of scripts/train_harm_judge.py, by classifier:ID of a Hugging Face "
+        "classifier or guard, or by llm:NAME of an Inspect model such as llm:openai/gpt-4o (default: %(default)s)",
+    )
+    judge.add_argument(
+        "--rejudge", type=Path, metavar="FOLDER", help="judge the responses in this folder anew, and ask nothing"
     )
     judge.add_argument("--judge_url", help="find the model of llm: at this address of an OpenAI-compatible server")
     judge.add_argument("--harmless_label", help="read this label of classifier: as harmless")
@@ -88,6 +93,11 @@ def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="draw N responses into labels.jsonl, to label by hand; the report then says how far the judge agrees",
+    )
+    parser.add_argument(
+        "--draw_harmful",
+        action="store_true",
+        help="draw from the responses to harmful requests, also from those under attack",
     )
     parser.add_argument(
         "--update_card",
@@ -171,17 +181,18 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.publish import publish
     from ..evaluation.results import ResultsFolder
 
+    _check_folders(args)
     with user_errors(ImportError, OSError, ValueError):
         plots.require_matplotlib()
         older = ResultsFolder(args.compare) if args.compare else None
         results = ResultsFolder(args.output_dir) if args.report_only else None
-    results = results or _evaluate(args)
+    results = results or (_judge_again(args) if args.rejudge else _evaluate(args))
     with user_errors(OSError, ValueError):
         if args.update_card:
             _update_card(args.update_card, results)
         show(f"{report.write_report(results)}\n")
         if args.draw_labels:
-            show(f"{labels.draw(results, args.draw_labels, args.seed)}\n")
+            show(f"{labels.draw(results, args.draw_labels, args.seed, args.draw_harmful)}\n")
         if args.publish:
             show(f"{report.write_report(publish(results, args.publish))}\n")
         if older is not None:
@@ -231,7 +242,8 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         pair = load_pair(args)
         distilled = DistilledPrompt.from_pretrained(args.adapter) if args.adapter else None
         decoding = comparison.Decoding(args.max_new_tokens, args.batch_size, args.horizon, args.share_instruction_kv)
-        settings = _settings(args, pair, distilled, decoding)
+        harm = _load_harm(args)
+        settings = _settings(args, pair, distilled, decoding) | _judge_settings(args, harm)
         results = ResultsFolder(args.output_dir, settings)
         results.register(requests, attacks, folder.digests(names) if folder else {})
         alpha, beta = (pair.alpha, pair.beta) if pair else (0.5, 0.1)
@@ -240,9 +252,11 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         )
         attacked = comparison.plan_attacks(requests, direct, list(attacks))
         cells = direct + attacked + comparison.plan_depth(results, requests, direct, args.begun_tokens)
-        judge = _make_judge(args)
+        make_judge = _find_judge(args, harm)
         rivals = folder.load(names, args.device, args.batch_size) if folder else {}
     model, tokenizer = load_model(args)
+    with user_errors(ValueError):
+        judge = make_judge(model, tokenizer)
     if pair:
         pair.check_chat_template(tokenizer)
     adapter = load_adapter(model, tokenizer, args.adapter, distilled) if distilled else None
@@ -273,6 +287,13 @@ def _benchmark_specs(args: argparse.Namespace) -> list[tuple[str, Label | None]]
     specs += [(spec, "harmful") for spec in args.harmful]
     specs += [(spec, "safe") for spec in args.safe]
     return specs or [("starter", None)]
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    if args.rejudge and args.report_only:
+        raise CommandError("--rejudge writes new results: leave --report_only out")
+    if args.draw_harmful and not args.draw_labels:
+        raise CommandError("--draw_harmful is about --draw_labels N and needs it")
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:
@@ -306,24 +327,69 @@ def _settings(
         "adapter": args.adapter,
         "adapter_digest": distilled.digest if distilled else None,
         "transfer": foreign,
-        "judge": args.judge,
-        "judge_url": args.judge_url,
-        "harmless_label": args.harmless_label,
         **dataclasses.asdict(decoding),
     }
 
 
-def _make_judge(args: argparse.Namespace) -> Judge:
-    from ..evaluation import judges
+def _load_harm(args: argparse.Namespace) -> HarmClassifier | None:
+    """The classifier of harm:FOLDER; `None` with any other judge."""
+    from ..evaluation.harm import HarmClassifier
 
     kind, _, name = args.judge.partition(":")
+    return HarmClassifier.load(Path(name), args.model_name_or_path) if kind == "harm" and name else None
+
+
+def _judge_settings(args: argparse.Namespace, harm: HarmClassifier | None) -> dict[str, Any]:
+    """What verdicts depend on."""
+    return {
+        "judge": args.judge,
+        "judge_digest": harm.digest if harm else None,
+        "judge_url": args.judge_url,
+        "harmless_label": args.harmless_label,
+    }
+
+
+def _find_judge(args: argparse.Namespace, harm: HarmClassifier | None) -> Callable[..., Judge]:
+    """A function that makes the judge from model and tokenizer; what can be checked without them is checked."""
+    from ..evaluation import judges
+    from ..evaluation.harm import HarmJudge
+
+    kind, _, name = args.judge.partition(":")
+    judge: Judge
+    if harm:
+        return lambda model, tokenizer: HarmJudge(harm, model, tokenizer)
     if args.judge == "keywords":
-        return judges.KeywordJudge()
-    if kind == "classifier" and name:
-        return judges.ClassifierJudge(name, args.harmless_label, args.batch_size, args.device)
-    if kind == "llm" and name:
-        return judges.LLMJudge(name, args.judge_url)
-    raise ValueError(f"there is no judge {args.judge!r}: choose keywords, classifier:ID or llm:NAME")
+        judge = judges.KeywordJudge()
+    elif kind == "classifier" and name:
+        judge = judges.ClassifierJudge(name, args.harmless_label, args.batch_size, args.device)
+    elif kind == "llm" and name:
+        judge = judges.LLMJudge(name, args.judge_url)
+    else:
+        raise ValueError(f"there is no judge {args.judge!r}: choose keywords, harm:FOLDER, classifier:ID or llm:NAME")
+    return lambda *_: judge
+
+
+def _judge_again(args: argparse.Namespace) -> ResultsFolder:
+    """Judge the responses of a folder anew, into another one."""
+    from ..evaluation.comparison import run_facts
+    from ..evaluation.rejudge import check_rejudging, judge_again
+    from ..evaluation.results import ResultsFolder
+
+    with user_errors(ImportError, OSError, ValueError):
+        old = ResultsFolder(args.rejudge)
+        harm, model_name = _load_harm(args), old.run["settings"]["model"]
+        if harm and harm.model != model_name:
+            raise ValueError(f"{args.rejudge} holds responses of {model_name}, and the harm judge reads {harm.model}")
+        settings = old.run["settings"] | _judge_settings(args, harm)
+        check_rejudging(old, args.output_dir, settings)
+        make_judge = _find_judge(args, harm)
+    model, tokenizer = load_model(args) if harm else (None, None)
+    with user_errors(OSError, ValueError):
+        judge = make_judge(model and model.eval(), tokenizer)
+        facts = run_facts(_command_line(), str(model.device) if model else "cpu")
+        last = old.run["runs"][-1]
+        facts |= {name: last[name] for name in ("strength",) if name in last}
+        return judge_again(old, args.output_dir, settings, judge, facts, on_cell=_note_cell)
 
 
 def _note_cell(cell: Cell) -> None:

@@ -8,12 +8,14 @@ Arms answer the requests of benchmarks, judges read the responses, and a report 
     adaptive.py      a search for suffixes against one arm, with the gradients of defence.py
     benchmarks.py    the requests
     comparison.py    arms answer benchmarks, into a results folder
-    judges.py        is a response harmless?
+    judges.py        is a response harmless? harm.py has one more judge, and harm_training.py trains it
     answers.py       is it correct?
     fluency.py       does it still read like text?
     likelihood.py    how likely is it?
     results.py       the results folder
+    behaviour.py     what a response does: refuse, go along, or neither
     labels.py        labels by hand, to check the judge
+    rejudge.py       another judge on the same responses
     statistics.py    intervals and tests
     summary.py       the folder as numbers
     costs.py         what protection costs on safe requests
