@@ -1,4 +1,5 @@
 import copy
+import gc
 import io
 import os
 import re
@@ -178,8 +179,16 @@ def assert_same(got, expected):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: at the end of a run, all processes but one would wait for it."""
-    items.sort(key=lambda item: "test_gpu_check" not in item.nodeid)
+    """The longest first: at the end of a run, all processes but one would wait for it.
+
+    Then what asks `transformers serve`, side by side: it falls to one process, which starts one server.
+    """
+    items.sort(key=lambda item: ("test_gpu_check" not in item.nodeid, "served_model" not in item.fixturenames))
+
+
+def pytest_collection_finish():
+    """What is imported stays: from here on, a garbage collection takes a few ms, and not half a second."""
+    gc.freeze()
 
 
 @pytest.fixture
