@@ -160,6 +160,8 @@ def _letter_triples(text: str) -> frozenset[str]:
 
 
 def _similar(one: frozenset[str], other: frozenset[str]) -> bool:
+    if min(len(one), len(other)) < _NEAR * max(len(one), len(other)):  # most are: there is nothing to count
+        return False
     return len(one & other) >= _NEAR * len(one | other)
 
 
