@@ -29,20 +29,26 @@ DTYPE ?= bfloat16
 .PHONY: demo test lint docs test-newest test-families test-oldest test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
-$(VENV)/demo: setup.cfg
+$(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch setup.cfg
 	$(VENV)/$(PIP) -e ".[demo]" "transformers==5.23.*"
 	touch $@
 
-$(VENV)/dev: $(VENV)/demo
+# With all that $(VENV)/demo has
+$(VENV)/dev: $(VENV)/torch setup.cfg
 	$(VENV)/$(PIP) -e ".[dev]" "transformers==5.23.*"
-	touch $@
+	touch $(VENV)/demo $@
 
-$(OLDEST)/dev: setup.cfg
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/$(PIP) $(TORCH)
-	$(OLDEST)/$(PIP) -e ".[test]" "transformers==5.16.*"
+# All that is in $(VENV), and in front of it the oldest transformers with what it needs: seconds, and no second torch
+$(OLDEST)/dev: $(VENV)/dev
+	$(PYTHON) -m venv --clear --without-pip $(OLDEST)
+	newest=$$($(abspath $(VENV))/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cd $(OLDEST)/lib/python3*/site-packages && echo "import site; site.addsitedir('$$newest')" > newest.pth
+	$(OLDEST)/$(PIP) "transformers==5.16.*"
 	touch $@
 
 # vLLM holds transformers back. What it installs for sounds and pictures, models of text have no use for
@@ -61,12 +67,13 @@ demo: $(VENV)/demo
 	$(VENV)/bin/acd-logits generate --max_new_tokens 60 \
 		"Tell me how to rob a bank vault" "What should I pack for a weekend in the mountains?"
 
-# What leaves a core idle runs beside something else. But the project itself is installed once at a time, since pip builds
-# it in its tree
+# What leaves a core idle runs beside something else: linters, site and the oldest transformers beside vLLM's one process.
+# But the project itself is installed once at a time, since pip builds it in its tree
 test:
-	$(MAKE) -j 2 lint docs $(VLLM)/vllm
-	$(MAKE) test-newest $(OLDEST)/dev $(VLLM)/dev
-	$(MAKE) -j 2 -O test-oldest test-vllm
+	$(MAKE) -j 2 $(VENV)/dev $(VLLM)/vllm
+	$(MAKE) -j 2 $(OLDEST)/dev $(VLLM)/dev
+	$(MAKE) -j 2 -O test-vllm lint docs test-oldest
+	$(MAKE) test-newest
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
@@ -85,14 +92,14 @@ test-newest: $(VENV)/dev
 test-families: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m families
 
-# Left out: what reaches transformers through the rest of the package only, and some long tests of torch and peft
+# Left out: what reaches transformers through the rest of the package only, or not at all, and what is marked `newest`
 REACHED = anchors cli decoding/test_explanation.py decoding/test_state_machine.py decoding/test_step_cost.py evaluation \
-	test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_gpu_check.py test_train_harm_judge.py \
-	test_train_rivals.py training/test_train_command.py
+	pairs/test_model_card.py test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_files.py \
+	test_gpu_check.py test_imports.py test_refusal.py test_train_harm_judge.py test_train_rivals.py \
+	training/test_train_command.py
 
 test-oldest: $(OLDEST)/dev
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model" -k "not stays_compiled and not compiled_model" \
-		$(REACHED:%=--ignore=tests/%)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model and not newest" $(REACHED:%=--ignore=tests/%)
 
 # In one process, which hosts most of the engines
 test-vllm: $(VLLM)/dev

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ MODELS = {name: build_model(name) for name in NAMES}
 UNTOUCHED = copy.deepcopy(MODELS)
 
 
+@pytest.mark.newest
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_call_equals_the_reference(data):

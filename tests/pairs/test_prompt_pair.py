@@ -376,6 +376,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
 def test_any_value_in_a_config_is_kept_or_refused(whole, path):
     """A pair that loads can be saved and comes back the same; one that does not says which file is wrong."""
@@ -507,15 +508,22 @@ class TestWhatToLoad:
 
 
 class TestHub:
-    @pytest.mark.parametrize("flags", [{"local_files_only": True}, {}])
-    def test_id_not_found_while_offline(self, tmp_path, flags):
+    def test_id_not_found_while_offline(self, tmp_path):
+        """As these tests are: see conftest."""
+        with pytest.raises(OSError, match=r"^org/no-such-pair is not a folder, not in the local cache.*$") as error:
+            PromptPair.from_pretrained("org/no-such-pair", cache_dir=tmp_path)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.newest
+    def test_id_not_found_among_local_files(self, tmp_path):
         """In a process of its own: huggingface_hub reads HF_HUB_OFFLINE once."""
         code = (
             "from acd_logits import PromptPair\n"
-            f"try: PromptPair.from_pretrained('org/no-such-pair', cache_dir={str(tmp_path)!r}, **{flags})\n"
+            f"options = {{'cache_dir': {str(tmp_path)!r}, 'local_files_only': True}}\n"
+            "try: PromptPair.from_pretrained('org/no-such-pair', **options)\n"
             "except OSError as error: print(error)"
         )
-        environment = os.environ | {"HF_HUB_OFFLINE": "" if flags else "1"}
+        environment = os.environ | {"HF_HUB_OFFLINE": ""}
         out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert out.stdout.startswith("org/no-such-pair is not a folder, not in the local cache")
         assert out.stdout.count("\n") == 1
