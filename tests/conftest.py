@@ -3,6 +3,7 @@ import gc
 import io
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -232,6 +233,20 @@ def fails(capsys, monkeypatch):
         assert (returned, captured.out) == (code, "")
         assert re.fullmatch(r"acd-logits: error: .+\n", captured.err)
         return captured.err
+
+    return run
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Run a program of scripts/ in this process; return its exit code."""
+
+    def run(name, *arguments):
+        path = str(ROOT / "scripts" / name)
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(path, run_name="__main__")
+        return ended.value.code
 
     return run
 

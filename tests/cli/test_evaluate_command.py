@@ -16,7 +16,7 @@ from acd_logits.evaluation import judges
 from acd_logits.evaluation.attacks import ATTACKS
 from acd_logits.evaluation.harm import HarmClassifier
 from acd_logits.responses import encode_messages, generate_responses
-from conftest import ENVIRONMENT, HIDDEN, ROOT, VOCAB, build_distilled, build_model, build_pair, build_tokenizer
+from conftest import ENVIRONMENT, HIDDEN, VOCAB, build_distilled, build_model, build_pair, build_tokenizer
 
 SETTINGS = ["--max_new_tokens", "4", "--device", "cpu"]
 
@@ -401,8 +401,7 @@ def test_help_does_not_import_torch():
     assert result.stdout.endswith("False False\n")
 
 
-def test_script_is_the_same_command(folder, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--output_dir", str(tmp_path / "results")]
-    model = ["--model_name_or_path", str(folder / "model"), *SETTINGS, *requests(folder), "--arms", "base"]
-    result = subprocess.run([*command, *model], capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    assert result.stdout == f"{tmp_path / 'results' / 'report.md'}\n"
+def test_script_is_the_same_command(folder, tmp_path, run_script, capsys):
+    command = ["evaluate.py", "--output_dir", str(tmp_path / "results"), "--model_name_or_path", str(folder / "model")]
+    assert run_script(*command, *SETTINGS, *requests(folder), "--arms", "base") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'results' / 'report.md'}\n"

@@ -18,7 +18,7 @@ from acd_logits.cli import main
 from acd_logits.cli.assistant import _streamer
 from acd_logits.cli.columns import side_by_side
 from acd_logits.refusal import is_refusal
-from conftest import ENVIRONMENT, ROOT, build_distilled, use_stdin
+from conftest import ENVIRONMENT, build_distilled, use_stdin
 
 
 @pytest.fixture
@@ -287,10 +287,10 @@ def test_json_leaves_stdout_to_the_objects(model_path):
     assert json.loads(result.stdout)["prompt"] == "open the door"
 
 
-def test_script_is_the_same_command(model_path):
-    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--model_name_or_path", model_path]
-    result = subprocess.run([*command, "open the door"], capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    assert re.match(r"Prompt: open the door\n\nPlain:\n.+\n\nSafeguarded \(alpha .+\):\n.+\n", result.stdout)
+def test_script_is_the_same_command(model_path, run_script, capsys):
+    assert run_script("generate.py", "--model_name_or_path", model_path, "open the door") == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"Prompt: open the door\n\nPlain:\n.+\n\nSafeguarded \(alpha .+\):\n.+\n", printed)
 
 
 @pytest.mark.real_model
