@@ -1,6 +1,7 @@
 """Every decoding mode of `generate()` under ACD, token by token against the slow reference."""
 
 import copy
+import functools
 import os
 import threading
 
@@ -26,6 +27,7 @@ from conftest import DEVICE, HIDDEN, VOCAB, assert_same, build_batch, build_key_
 from reference import ReferenceProcessor
 
 ALPHA, BETA, NEW = 0.6, 0.05, 14
+newest = functools.partial(pytest.param, marks=pytest.mark.newest)
 SCORES = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": NEW}
 
 
@@ -73,9 +75,12 @@ def long_prompt(name="llama", rows=2, **pair):
     return build_model(name), build_pair(2, 2, **pair), build_batch((120,) * rows)
 
 
-@pytest.mark.parametrize("lengths", [(11,), (11, 6, 9)], ids=["one", "padded"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("llama", (11,)), ("llama", (11, 6, 9)), ("mistral_sliding", (11, 6, 9))],
+    ids=["llama-one", "llama-padded", "mistral_sliding-padded"],
+)
 def test_modes(name, mode, lengths):
     got, expected = run_both(build_model(name), build_pair(), build_batch(lengths), **MODES[mode])
     assert_same(got, expected)
@@ -163,22 +168,22 @@ class TestAssisted:
         )
         assert_same(got, expected)
 
-    def test_sampled_drafts_keep_the_contrasted_distribution(self, name):
-        """400 sampled first tokens, drafted and verified, follow the reference's distribution."""
-        model, pair, batch = build_model(name), build_pair(), build_batch((11,))
-        plain, assistant = copy.deepcopy(model), build_model("llama", seed=5)
-        scores = ReferenceProcessor(plain, pair, ALPHA, BETA)(batch["input_ids"], None)
-        probabilities = scores.softmax(-1)[0].cpu()
-        acd = ACDLogitsProcessor(model, pair, ALPHA, BETA)
-        set_seed(0)
-        counts = torch.zeros(VOCAB)
-        for _ in range(400):
-            out = model.generate(
-                **batch, logits_processor=[acd], assistant_model=assistant, do_sample=True, max_new_tokens=2, top_k=0
-            )
-            counts[out[0, 11].item()] += 1
-        assert counts[probabilities == 0].sum() == 0
-        assert 0.5 * (counts / 400 - probabilities).abs().sum() < 0.15  # total variation
+
+def test_sampled_drafts_keep_the_contrasted_distribution(model, pair):
+    """400 sampled first tokens, drafted and verified, follow the reference's distribution."""
+    plain, batch, assistant = copy.deepcopy(model), build_batch((11,)), build_model("llama", seed=5)
+    scores = ReferenceProcessor(plain, pair, ALPHA, BETA)(batch["input_ids"], None)
+    probabilities = scores.softmax(-1)[0].cpu()
+    acd = ACDLogitsProcessor(model, pair, ALPHA, BETA)
+    set_seed(0)
+    counts = torch.zeros(VOCAB)
+    for _ in range(400):
+        out = model.generate(
+            **batch, logits_processor=[acd], assistant_model=assistant, do_sample=True, max_new_tokens=2, top_k=0
+        )
+        counts[out[0, 11].item()] += 1
+    assert counts[probabilities == 0].sum() == 0
+    assert 0.5 * (counts / 400 - probabilities).abs().sum() < 0.15  # total variation
 
 
 @pytest.mark.parametrize("lengths", [(11,), (11, 6, 9)], ids=["one", "padded"])
@@ -420,9 +425,10 @@ def test_accelerate_device_map(tmp_path, name, device_map):
     assert out.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("how", ["forward", "module", "in place"])
+@pytest.mark.parametrize("how", ["forward", newest("module"), newest("in place")])
 def test_compiled_forward(model, pair, how):
     """`backend="eager"` compiles nothing, but traces and guards like any other backend."""
+    torch._dynamo.reset()
     batch, plain = build_batch(), copy.deepcopy(model)
     reference = ReferenceProcessor(plain, pair, ALPHA, BETA, mask=batch["attention_mask"])
     expected = plain.generate(**batch, logits_processor=[reference], do_sample=False, **SCORES)
@@ -448,39 +454,61 @@ def counting_backend():
     return backend, graphs
 
 
+def graphs_at_each_token(model, batch, graphs, processors, **options):
+    """How many graphs there were after each of the new tokens of a call."""
+    counts = []
+
+    def note(input_ids, scores, **kwargs):
+        counts.append(len(graphs))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=DEVICE)
+
+    model.generate(**batch, logits_processor=processors, stopping_criteria=[note], do_sample=False, **options)
+    return counts
+
+
+@pytest.mark.newest
 @pytest.mark.parametrize("pair", [build_pair(), build_key_value_pair()], ids=["paired", "shared"])
 def test_a_compiled_forward_stays_compiled(pair):
     """However many tokens are made, nothing is compiled again."""
-    counts = []
-    for new_tokens in (6, 80):
-        torch._dynamo.reset()
-        model, (backend, graphs) = build_model(), counting_backend()
-        model.forward = torch.compile(model.forward, backend=backend)
-        acd = ACDLogitsProcessor(model, pair)
-        model.generate(**build_batch(), logits_processor=[acd], do_sample=False, max_new_tokens=new_tokens)
-        counts.append(len(graphs))
-    assert counts[0] == counts[1] > 0
+    torch._dynamo.reset()
+    model, (backend, graphs) = build_model(), counting_backend()
+    model.forward = torch.compile(model.forward, backend=backend)
+    counts = graphs_at_each_token(model, build_batch(), graphs, [ACDLogitsProcessor(model, pair)], max_new_tokens=80)
+    assert counts[5] == counts[-1] > 0
 
 
 class TestCompiledDecoding:
     """Where generate() compiles by itself: a static cache, here on a CPU as it does on a GPU."""
 
-    @pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma3", "gpt2", "lfm2"])
-    @pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 4}, {"do_sample": True}])
-    @pytest.mark.parametrize("long", [False, True])
+    # Each way with a short and with a long prompt, and so nearly each architecture
+    @pytest.mark.parametrize(
+        ("name", "how", "long"),
+        [
+            ("llama", {}, False),
+            ("llama", {"prefill_chunk_size": 115}, True),
+            newest("mistral_sliding", {}, True),  # of nine layers, which take long
+            newest("gemma3", {}, False),
+            ("gemma3", {"prefill_chunk_size": 115}, True),
+            newest("gpt2", {"prefill_chunk_size": 4}, False),
+            newest("gpt2", {"do_sample": True}, True),
+            ("lfm2", {"do_sample": True}, False),
+            newest("lfm2", {}, True),
+        ],
+        ids=lambda part: next(iter(part), "greedy") if isinstance(part, dict) else None,
+    )
     def test_equals_the_reference(self, name, how, long):
         compiled, graphs = self.config()
         setup = long_prompt(name) if long else (build_model(name), build_pair(), build_batch())
-        if long and "prefill_chunk_size" in how:
-            how = {"prefill_chunk_size": 115}
         got, expected = run_both(*setup, cache_implementation="static", compile_config=compiled, **how)
         assert_same(got, expected)
         assert graphs
 
-    def test_horizon(self):
+    @pytest.mark.newest
+    @pytest.mark.parametrize("name", ["gemma3", "lfm2"])
+    def test_horizon(self, name):
         compiled, graphs = self.config()
         got, expected = run_both(
-            build_model(),
+            build_model(name),
             build_pair(),
             build_batch(),
             reference={"horizon": 5},
@@ -494,7 +522,7 @@ class TestCompiledDecoding:
     @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
     def test_past_the_horizon_the_cache_stays_where_graphs_look_for_it(self, name):
         acd = ACDLogitsProcessor(model := build_model(name), build_pair(), horizon=3)
-        options = {"compile_config": self.config()[0], "cache_implementation": "static"}
+        options = {"disable_compile": True, "cache_implementation": "static"}
         cache = model.generate(**build_batch(), logits_processor=[acd], **SCORES | options).past_key_values
         assert cache.alone
         held = [layer.keys if hasattr(layer, "keys") else layer.conv_states[0] for layer in cache.layers]
@@ -509,30 +537,25 @@ class TestCompiledDecoding:
         assert_same(got, expected)
         assert not graphs
 
-    @pytest.mark.parametrize("name", ["llama", "gemma3"])
-    @pytest.mark.parametrize("chunk", [None, 115])
+    @pytest.mark.newest
+    @pytest.mark.parametrize(("name", "chunk"), [("llama", None), ("gemma3", 115)])
     def test_as_many_graphs_as_without_acd_at_any_length(self, name, chunk):
-        def count(new_tokens, processors):
+        def counts(processors):
             model, pair, batch = long_prompt(name)
             compiled, graphs = self.config()
             acd = [ACDLogitsProcessor(model, pair)] if processors else []
-            model.generate(
-                **(batch if chunk else build_batch()),
-                prefill_chunk_size=chunk,
-                logits_processor=acd,
-                do_sample=False,
-                max_new_tokens=new_tokens,
-                cache_implementation="static",
-                compile_config=compiled,
+            options = {"cache_implementation": "static", "compile_config": compiled, "prefill_chunk_size": chunk}
+            return graphs_at_each_token(
+                model, batch if chunk else build_batch(), graphs, acd, max_new_tokens=40, **options
             )
-            return len(graphs)
 
-        assert count(4, True) == count(40, True) == count(40, False) > 0
+        ours, plain = counts(True), counts(False)
+        assert ours[3] == ours[-1] == plain[-1] > 0
 
-    @pytest.mark.parametrize("name", ["llama", "gemma3"])
-    def test_a_compiled_prefill_finds_the_cache_in_place(self, name):
+    @pytest.mark.newest
+    def test_a_compiled_prefill_finds_the_cache_in_place(self):
         """CUDA graphs need tensors whose address is marked as static, which cannot be done within them."""
-        model, pair, batch = long_prompt(name)
+        model, pair, batch = long_prompt("gemma3")  # with layers of both kinds
         marked = []
         for processors in ([], [ACDLogitsProcessor(model, pair)]):
             options = {"compile_config": self.config()[0], "cache_implementation": "static", "prefill_chunk_size": 115}

@@ -129,10 +129,15 @@ def run_both(model, case, batch, pair, make_steps=Steps):
     return got, count(make_steps(), model, case, batch)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_decode_step_adds_few_operations_and_waits_for_nothing(name, model):
-    case = CASES[name]
-    got, plain = run_both(model, case, *case.inputs())
+@pytest.fixture(scope="module", params=CASES)
+def counted(request, model):
+    """A case, what ACD counts in it, and what plain generation does."""
+    case = CASES[request.param]
+    return case, *run_both(model, case, *case.inputs())
+
+
+def test_a_decode_step_adds_few_operations_and_waits_for_nothing(counted):
+    case, got, plain = counted
     assert len(got.decoding) == len(plain.decoding) == NEW - 1
     # The step that goes past the horizon as well
     assert all(ours["waits"] <= theirs["waits"] for ours, theirs in zip(got.decoding, plain.decoding, strict=True))
@@ -141,8 +146,7 @@ def test_a_decode_step_adds_few_operations_and_waits_for_nothing(name, model):
         assert ours["operations"] - theirs["operations"] <= case.more
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_prefill_waits_for_three_values_more_at_most(name, model):
+def test_a_prefill_waits_for_three_values_more_at_most(counted):
     """Whether anything is padded, how long the padding is, and whether it gave NaN."""
-    got, plain = run_both(model, CASES[name], *CASES[name].inputs())
+    _, got, plain = counted
     assert got.steps[0]["waits"] <= plain.steps[0]["waits"] + 3
