@@ -147,7 +147,7 @@ def engine(folder, **kwargs):
 @pytest.fixture(scope="class")
 def llama(tiny):
     """An engine for a class of tests. Prompts in one piece: on CPUs vLLM fails where a seed meets chunked prefill."""
-    with engine(tiny().folder) as llm:
+    with engine(tiny().folder, logits_processors=["acd_logits.vllm:RequestAlpha"]) as llm:
         yield llm
 
 
@@ -224,13 +224,14 @@ def post(url, path, **body):
 
 
 @pytest.mark.parametrize(("name", "kind"), SERVED)
-def test_chunked_prefill_and_prefix_cache(tiny, name, kind):
+def test_chunked_prefill_prefix_cache_and_preemption(tiny, name, kind):
     model = tiny(name, kind)
     shared = prompts(1, longest=3)[0] * 50
     batch = [shared + ids for ids in prompts(4, longest=9, seed=5)]
     # Fewer tokens a step than there are placeholders: some steps have no others
     chunked = CHUNKED | ({"max_num_batched_tokens": N - 2} if kind == KEY_VALUE else {})
-    with engine(model.folder, **chunked) as llm:
+    tight = {"num_gpu_blocks_override": 12, "disable_log_stats": False} if name == "llama" else {}
+    with engine(model.folder, **chunked, **tight) as llm:
         assert_matches(llm, model, prompts())
         assert_matches(llm, model, batch[:1])
         outputs = assert_matches(llm, model, batch)
@@ -238,18 +239,16 @@ def test_chunked_prefill_and_prefix_cache(tiny, name, kind):
         again = [ids[: 64 - N // 2 - (kind == EMBEDDING) * N] for ids in batch]
         assert_matches(llm, model, again)
         outputs += assert_matches(llm, model, again)
-    assert all(output.num_cached_tokens for output in outputs)
+        assert all(output.num_cached_tokens for output in outputs)
+        if tight:
+            before = preemptions(llm)
+            assert_matches(llm, model, prompts(4, longest=20), count=90)  # they need 16 blocks
+            assert preemptions(llm) > before
 
 
-@pytest.mark.parametrize("kind", [EMBEDDING, KEY_VALUE])
-def test_preemption(tiny, kind):
-    model = tiny(kind=kind)
-    batch = prompts(4, longest=20)
-    cache = {"block_size": 32, "num_gpu_blocks_override": 8, "max_model_len": 128}
-    with engine(model.folder, **cache, disable_log_stats=False) as llm:
-        assert_matches(llm, model, batch, count=90)
-        metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    assert metrics["vllm:num_preemptions"] > 0
+def preemptions(llm):
+    """How often the engine took a request's blocks away so far."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
 @pytest.mark.long
@@ -313,12 +312,26 @@ class TestOneEngine:
             "vocabulary|placeholder": ([model.placeholder, *ids], greedy()),
             "leave no room": (ids[:2] * 125, greedy()),
             "prompt_logprobs": (ids, greedy(prompt_logprobs=1)),
-            "--logits-processors": (ids, greedy(extra_args={"acd_alpha": 0.1})),
         }
         for message, (wrong_ids, settings) in wrong.items():
             with pytest.raises(VLLMValidationError, match=message):
                 llama.generate(prompt(wrong_ids), settings, use_tqdm=False)
         assert_matches(llama, model, [ids])
+
+    def test_alpha_per_request(self, tiny, llama):
+        model, batch = tiny(), prompts(6)
+        alphas, counts = [0.0, None, 0.2, 1.0, None, 0.7], [3, 20, 5, 12, 9, 14]  # rows leave and move
+        settings = [
+            greedy(n, extra_args=None if a is None else {"acd_alpha": a}) for a, n in zip(alphas, counts, strict=True)
+        ]
+        outputs = llama.generate([prompt(ids) for ids in batch], settings, use_tqdm=False)
+        for wrong in (-0.1, "0.5", float("nan"), True):
+            with pytest.raises(Exception, match="acd_alpha must be"):
+                llama.generate(prompt(batch[0]), greedy(extra_args={"acd_alpha": wrong}), use_tqdm=False)
+        cases = list(zip(batch, alphas, counts, strict=True))
+        expected = [model.expected(ids, n, ALPHA if a is None else a) for ids, a, n in cases]
+        assert tokens(outputs) == expected
+        assert expected != [model.expected(ids, n) for ids, _, n in cases]
 
 
 def test_with_key_values_x_runs_once(tiny):
@@ -361,23 +374,6 @@ def test_ordinary_models_are_served_as_before(tiny):
 
 
 # ----- a strength per request -----
-
-
-def test_alpha_per_request(tiny):
-    model, batch = tiny(), prompts(6)
-    alphas, counts = [0.0, None, 0.2, 1.0, None, 0.7], [3, 20, 5, 12, 9, 14]  # rows leave and move
-    settings = [
-        greedy(n, extra_args=None if a is None else {"acd_alpha": a}) for a, n in zip(alphas, counts, strict=True)
-    ]
-    with engine(model.folder, logits_processors=["acd_logits.vllm:RequestAlpha"]) as llm:
-        outputs = llm.generate([prompt(ids) for ids in batch], settings, use_tqdm=False)
-        for wrong in (-0.1, "0.5", float("nan"), True):
-            with pytest.raises(Exception, match="acd_alpha must be"):
-                llm.generate(prompt(batch[0]), greedy(extra_args={"acd_alpha": wrong}), use_tqdm=False)
-    cases = list(zip(batch, alphas, counts, strict=True))
-    expected = [model.expected(ids, n, ALPHA if a is None else a) for ids, a, n in cases]
-    assert tokens(outputs) == expected
-    assert expected != [model.expected(ids, n) for ids, _, n in cases]
 
 
 def test_alpha_per_request_on_the_second_runner(tiny):
