@@ -58,13 +58,14 @@ def remove(user: Any) -> None:
             AttentionInterface.register("sdpa", ours.own)
 
 
-def mark(mask: torch.Tensor) -> torch.Tensor:
+def mark(mask: torch.Tensor, attend: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
     """Let the calls with this very mask be folded. What becomes of a copy is the model's own attention.
 
     Args:
         mask: `[B, 1, queries, slots]`, to add to the scores.
+        attend: an attention of another kind to call instead, with query, key, value and the keyword arguments.
     """
-    setattr(mask, _MARK, {})
+    setattr(mask, _MARK, attend or {})
     return mask
 
 
@@ -89,6 +90,8 @@ class FoldedAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention's output, `[B, queries, heads, head_dim]`, and its weights, where the model's own gives any."""
+        if callable(attend := getattr(attention_mask, _MARK, None)):
+            return attend(query, key, value, *args, **kwargs), None
         if (
             torch.compiler.is_compiling()  # which would trace through the mark
             or attention_mask is None
@@ -118,9 +121,14 @@ def _folds(
         and query.shape[1] == group * key.shape[1]
         # Of many queries, the larger mask takes more than the copies do
         and query.shape[2] <= key.shape[1] * (key.shape[-1] + value.shape[-1])
-        and not kwargs.get("dropout")
-        and all(given is None or given is False or name in _INERT for name, given in kwargs.items())
+        and is_plain(kwargs)
     )
+
+
+def is_plain(kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for nothing but plain attention."""
+    inert = (given is None or given is False or name in _INERT for name, given in kwargs.items())
+    return not kwargs.get("dropout") and all(inert)
 
 
 def _folded(mask: torch.Tensor, group: int) -> torch.Tensor:

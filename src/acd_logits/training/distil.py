@@ -26,7 +26,7 @@ from ..pairs.prompt_pair import PromptPair
 from .arguments import OPOTrainingArguments, RunArguments, check_resumption, checkpoints_activations
 from .distil_data import TeacherSettings, ask_teacher, check_memory, load_prompts
 from .distil_model import DISTIL_NAMES, DistilTrainer, StudentModel, student_start
-from .model import fast_forwards
+from .model import fast_head
 from .run import (
     Run,
     base_facts,
@@ -186,7 +186,7 @@ def distil(model: PreTrainedModel, run: Run[DistilArguments]) -> DistilledPrompt
             model, run.tokenizer, run.examples, pair, _teacher_settings(run), run.folder / TEACHER_NAME
         )
     student = StudentModel(model, student_start(model, pair))
-    with fast_forwards(student):
+    with fast_head(student):
         log = train_prompts(student, dataclasses.replace(run, examples=examples), DistilTrainer)
     model.eval()
     tokens = sum(len(e["response"]) for e in examples.train)

@@ -48,9 +48,10 @@ class InstructionCache:
             return []
         nothing = next(iter(found.values()))[:0]
         rows = torch.nn.utils.rnn.pad_sequence([found.get(row, nothing) for row in instructions], batch_first=True)
-        halves = (layer.transpose(1, 3).unbind(2) for layer in rows.unbind(2))
-        devices = zip(halves, self._devices, strict=True)
-        return [(keys.to(device), values.to(device)) for (keys, values), device in devices]
+        layers = (
+            rows.permute(2, 3, 0, 4, 1, 5).contiguous().unbind()
+        )  # of each keys and values, [2, B, heads, T, head_dim]
+        return [tuple(layer.to(device)) for layer, device in zip(layers, self._devices, strict=True)]
 
     def _compute_and_keep(
         self, rows: Sequence[tuple[int, ...]]

@@ -17,6 +17,7 @@ from ..decoding import attention
 from ..decoding.layers import reuses_prefix
 from ..pairs.key_values import prompt_key_values
 from ..pairs.prompt_pair import STREAMS
+from .attention import PartedAttention
 from .data import IGNORED
 from .instructions import InstructionCache, common_length
 from .prompts import TrainablePrompt, layers_of
@@ -104,7 +105,8 @@ class OPOModel(PromptedModel):
         prompts = {name: self._prepare(prompt()) for name, prompt in self.prompts.items()}
         for rows in by_length((labels != IGNORED).sum(-1)):
             part = trim(input_ids[rows], attention_mask[rows], labels[rows])
-            parts.append((rows, {name: self._logits(prompt, *part) for name, prompt in prompts.items()}))
+            x = self._instructions(*part)
+            parts.append((rows, {name: self._logits(prompt, x, *part) for name, prompt in prompts.items()}))
         return parts
 
     @torch.no_grad()
@@ -113,7 +115,16 @@ class OPOModel(PromptedModel):
     ) -> torch.Tensor:
         """Logits `[B, response_length, vocab]` without a prompt."""
         nothing = self._prepare(self.prompts[STREAMS[0]]()[:0])
-        return self._logits(nothing, input_ids, attention_mask, response_length)
+        part = input_ids, attention_mask, response_length
+        return self._logits(nothing, self._instructions(*part), *part)
+
+    def _instructions(self, ids: torch.Tensor, mask: torch.Tensor, response_length: int) -> list[KeyValues]:
+        """Keys and values of all of x but its last token, by layer; none where x sees the prompt."""
+        if self.instructions is None:
+            return []
+        last = ids.shape[1] - response_length - 1
+        rows = zip(ids[:, :last], mask[:, :last].bool(), strict=True)
+        return self.instructions([tuple(row[kept].tolist()) for row, kept in rows])
 
     def _prepare(self, prompt: torch.Tensor) -> Any:
         """What a prompt is to `_logits`: embeddings, or, behind a shared instruction, keys and values."""
@@ -125,10 +136,12 @@ class OPOModel(PromptedModel):
             return []
         return layers_of(prompt) if prompt.ndim == 5 else prompt_key_values(self.base, prompt[None], -len(prompt))
 
-    def _logits(self, prompt: Any, ids: torch.Tensor, mask: torch.Tensor, response_length: int) -> torch.Tensor:
+    def _logits(
+        self, prompt: Any, x: list[KeyValues], ids: torch.Tensor, mask: torch.Tensor, response_length: int
+    ) -> torch.Tensor:
         model = self.base
         if self.instructions is not None:
-            return _forward_behind_instruction(model, self.instructions, prompt, ids, mask, response_length)
+            return _forward_behind_instruction(model, x, prompt, ids, mask, response_length)
         if reuses_prefix(model) and not _checkpoints_gradients(model):  # which keeps no keys and values
             return forward_behind_prefix(model, prompt, ids, mask, response_length)
         x = model.get_input_embeddings()(ids)
@@ -142,23 +155,17 @@ class OPOModel(PromptedModel):
 
 
 @contextlib.contextmanager
-def fast_forwards(opo: PromptedModel) -> Iterator[None]:
-    """Spare the forwards within what costs a multiple of the work itself, on a CPU above all.
+def fast_head(opo: PromptedModel) -> Iterator[None]:
+    """Give the language-model head its tokens in one piece.
 
-    - The language-model head is given its tokens in one piece. A slice of hidden states has gaps, and torch multiplies
-      it with a frozen matrix row by row, each time with a copy of the matrix: 16 rows by SmolLM2's head took 11 s
-      instead of 0.04 s.
-    - Behind a shared instruction, attention takes keys and values as they are (`attention.py`): most of the backward
-      pass went into copies of them for each query head.
+    A slice of hidden states has gaps, and on a CPU torch multiplies it with a frozen matrix row by row, each time with
+    a copy of the matrix: 16 rows by SmolLM2's head took 11 s instead of 0.04 s.
     """
     hook = opo.base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    if opo.instructions is not None:
-        attention.install(opo)
     try:
         yield
     finally:
         hook.remove()
-        attention.remove(opo)
 
 
 def by_length(lengths: torch.Tensor) -> list[torch.Tensor]:
@@ -268,7 +275,7 @@ def _common_prefix(ids: torch.Tensor, mask: torch.Tensor, response_length: int) 
 
 def _forward_behind_instruction(
     model: PreTrainedModel,
-    instructions: InstructionCache,
+    x: list[KeyValues],
     prompt: list[KeyValues],
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -280,38 +287,25 @@ def _forward_behind_instruction(
     no gradient goes through them.
     """
     last = ids.shape[1] - response_length - 1
-    rows = [tuple(row[kept].tolist()) for row, kept in zip(ids[:, :last], mask[:, :last].bool(), strict=True)]
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    parts = [layers for layers in (instructions(rows), prompt) if layers]
-    for index, states in enumerate(zip(*parts, strict=True)):
-        first = states[0][0]
-        # One type: under autocast, x's keys are not of the type of the weights
-        keys, values = (
-            torch.cat([kv.to(first).expand(len(ids), -1, -1, -1) for kv in kvs], dim=-2)
-            for kvs in zip(*states, strict=True)
+    lengths = mask[:, :last].sum(-1, keepdim=True)
+    parts = PartedAttention(x, prompt, lengths, mask[:, last:])
+    attention.install(parts)
+    try:
+        logits = model(
+            input_ids=ids[:, last:],
+            attention_mask=parts.mask(model.dtype),
+            position_ids=lengths + torch.arange(response_length + 1, device=ids.device),
+            use_cache=False,
+            logits_to_keep=response_length + 1,
+        ).logits
+    finally:
+        attention.remove(parts)
+    if parts.calls != (layers := model.config.get_text_config(decoder=True).num_hidden_layers):
+        raise ValueError(
+            f"a shared instruction is trained through the attention of {layers} layers, but {parts.calls} of them "
+            "called it: load the model with attn_implementation='sdpa'"
         )
-        cache.update(keys, values, index)
-    seen = torch.arange(max(map(len, rows)), device=ids.device) < lengths[:, None]
-    prompted = seen.new_ones(len(ids), prompt[0][0].shape[-2] if prompt else 0)
-    shown = torch.cat([seen, prompted, mask[:, last:].bool()], dim=1)
-    positions = lengths[:, None] + torch.arange(response_length + 1, device=ids.device)
-    logits = model(
-        input_ids=ids[:, last:],
-        attention_mask=attention.mark(_causal_mask(shown, response_length + 1, model.dtype)),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=response_length + 1,
-    ).logits
     return logits[:, :-1]
-
-
-def _causal_mask(shown: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
-    """To add to the scores of the last `queries` slots, `[B, 1, queries, slots]`, from those shown, `[B, slots]`."""
-    slots = torch.arange(shown.shape[1], device=shown.device)
-    sees = shown[:, None, None] & (slots <= slots[-queries:, None])
-    return torch.zeros(sees.shape, dtype=dtype, device=shown.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 def _checkpoints_gradients(model: torch.nn.Module) -> bool:

@@ -24,7 +24,7 @@ from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import system_prompt_ids
 from .arguments import RunArguments, check_arguments
 from .data import AnchorExamples, check_context, load_examples
-from .model import OPOModel, fast_forwards
+from .model import OPOModel, fast_head
 from .prompts import initial_prompts
 from .trainer import NAMES, OPOTrainer
 
@@ -150,7 +150,7 @@ def train_pair(model: PreTrainedModel, run: Run[OPOArguments]) -> PromptPair:
     start_run(run, settings)
     initial = initial_prompts(model, run.tokenizer, run.options)
     opo = OPOModel(model, initial, run.options.shares_instruction)
-    with fast_forwards(opo):
+    with fast_head(opo):
         log = train_prompts(opo, run, OPOTrainer)
     model.eval()
     measured = what_came_out(model, run, log, NAMES)

@@ -159,8 +159,9 @@ class OPOTrainer(PromptTrainer):
             safe, adversarial = logits["safeguarding"], logits["adversarial"]
             y, y_avoided = (tokens[rows, : safe.shape[1]] for tokens in (labels, avoided))
             plain = None if self.options.retain == "ce" else self._plain_logits(inputs, rows, safe.shape[1])
-            of_part = [
-                joint_loss(
+            stops = {safe.shape[1], 1}  # all tokens, and the first ones
+            of_stop = {
+                stop: joint_loss(
                     safe[:, :stop],
                     adversarial[:, :stop],
                     y[:, :stop],
@@ -169,8 +170,9 @@ class OPOTrainer(PromptTrainer):
                     self.options.alpha,
                     None if plain is None else plain[:, :stop],
                 )
-                for stop in (None, 1)
-            ]
+                for stop in stops
+            }
+            of_part = [of_stop[stop] for stop in (safe.shape[1], 1)]
             sums = sums.index_put((rows,), torch.stack(of_part, 1))
         return sums
 
