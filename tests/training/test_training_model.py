@@ -213,3 +213,12 @@ def test_a_quantised_base_stays_in_train_mode():
     model = build_model()
     model.is_quantized = True
     assert OPOModel(model, build_pair()).base.training
+
+
+def test_a_shared_instruction_needs_an_attention_that_can_be_replaced():
+    model = build_model()
+    model.set_attn_implementation("eager")
+    opo = OPOModel(model, build_key_value_pair(), share_instruction_kv=True)
+    batch = collate([example([3, 4, 5], [6])])
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        opo(batch["input_ids"], batch["attention_mask"], batch["labels"])

@@ -7,6 +7,7 @@ SP, AP and their contrast are trained together, in front of the frozen model, by
     sampler.py       the order of the examples in an epoch
     prompts.py       what learns, and eq. 1: how it starts
     instructions.py  keys and values of instructions that see no prompt, computed once
+    attention.py     attention over them, the prompt and the response, without copies
     model.py         eq. 2: the prompts in front of the model, placed as in inference
     loss.py          L_S (eq. 3), L_A (eq. 4) and L_C, of their contrast (eq. 5)
     trainer.py       steps, evaluations, the log

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from ..pairs.key_values import KeyValues
 
-TOGETHER = 8  # instructions run at a time
-CACHE_BYTES = 4 << 30  # so much of the instructions' keys and values is kept; those beyond are computed anew
+TOGETHER = 32  # instructions run at a time
+CACHE_BYTES = 6 << 30  # so much of the instructions' keys and values is kept; those beyond are computed anew
 
 
 class InstructionCache:
