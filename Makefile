@@ -128,10 +128,10 @@ pair: $(VENV)/dev
 		--system_prompts null --batch_size 64 --max_new_tokens 16 --temperature 0 --bank_refusals --answer_safe \
 		--output_file anchors.jsonl
 	$(TRAIN) --output_dir new-pair/1 --max_steps 110 --max_response_tokens 8
-	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 $(SELDOM) --max_steps 250 --max_refusal_tokens 4 \
-		--per_device_train_batch_size 96 --learning_rate 0.014
-	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(SELDOM) --max_steps 40 --max_response_tokens 8 \
-		--learning_rate 0.005
+	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 $(SELDOM) --max_steps 400 --max_refusal_tokens 1 \
+		--max_response_tokens 1 --per_device_train_batch_size 256 --learning_rate 0.015
+	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(SELDOM) --max_steps 50 --max_response_tokens 8 \
+		--per_device_train_batch_size 64 --learning_rate 0.006
 
 EVALUATE = $(VENV)/bin/acd-logits evaluate --output_dir results --pair $(PAIR) --dtype $(DTYPE) --limit 250 \
 	--max_new_tokens 64 --batch_size 50
