@@ -350,7 +350,8 @@ def check_left_padding(model: PreTrainedModel) -> None:
             module.training = True
     # The index of Minimax M3 counts in blocks of slots, which a padding token seldom moves a token out of
     by_slots = "minimax_m3_sparse" in (getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    noise = 1e-3 if model.dtype == torch.float32 else 0.1
+    # Kernels differ with the number of tokens: SmolLM2 came to 0.003 on one CPU, in float32, where others are exact
+    noise = 1e-2 if model.dtype == torch.float32 else 0.1
     if by_slots or bool((alone - behind).abs().max() > noise * alone.std()):
         raise ValueError(
             f"{type(model).__name__} does not handle left padding, which the shorter soft prompt needs: use prompts "
