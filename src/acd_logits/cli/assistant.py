@@ -72,12 +72,20 @@ class Assistant:
         *,
         safeguarded: bool,
         on_text: Callable[[str], None] | None = None,
+        **kwargs: Any,
     ) -> str:
-        """Generate the next turn; `on_text` receives it piece by piece, without control characters."""
+        """Generate the next turn.
+
+        Args:
+            conversation: the turns so far.
+            safeguarded: whether the contrast, or the adapter, answers.
+            on_text: receives the answer piece by piece, without control characters.
+            **kwargs: passed to `generate()` too.
+        """
         import torch
         from peft import PeftModel
 
-        inputs = self._encode(conversation)
+        inputs = self.encode(conversation)
         if self.seed is not None:
             # Before each answer: the plain and the safeguarded one draw the same random numbers, and an answer does
             # not depend on the prompts before it.
@@ -88,22 +96,31 @@ class Assistant:
             **self.generation_settings,
             logits_processor=[self.safeguard] if safeguarded and not by_adapter else [],
             streamer=_streamer(self.tokenizer, on_text) if on_text else None,
+            **kwargs,
         )
         return self.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def explain(self, prompt: str, num_candidates: int) -> Explanation:
-        """Answer a prompt with the contrast, and say what it did to each token."""
+    def explain(
+        self, prompt: str, num_candidates: int, on_text: Callable[[str], None] | None = None, **kwargs: Any
+    ) -> Explanation:
+        """Answer a prompt with the contrast, and say what it did to each token; the rest is as for `answer`."""
         import torch
 
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        inputs = self._encode([{"role": "user", "content": prompt}])
+        inputs = self.encode([{"role": "user", "content": prompt}])
         [explanation] = self.safeguard.explain(
-            **inputs, **self.generation_settings, tokenizer=self.tokenizer, num_candidates=num_candidates
+            **inputs,
+            **self.generation_settings,
+            tokenizer=self.tokenizer,
+            num_candidates=num_candidates,
+            streamer=_streamer(self.tokenizer, on_text) if on_text else None,
+            **kwargs,
         )
         return replace(explanation, prompt=prompt)  # without the chat template
 
-    def _encode(self, conversation: list[dict[str, str]]) -> dict[str, Any]:
+    def encode(self, conversation: list[dict[str, str]]) -> dict[str, Any]:
+        """A conversation as ids and mask `[1, length]`, in the chat template if there is one."""
         if self.tokenizer.chat_template:
             encoded = self.tokenizer.apply_chat_template(
                 conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True

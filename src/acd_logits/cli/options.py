@@ -85,9 +85,14 @@ def add_contrast_arguments(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_horizon_argument(group: argparse._ActionsContainer) -> None:
+    """Declare how long the contrast lasts."""
+    group.add_argument("--horizon", type=positive_int, help="contrast only this many new tokens (default: all)")
+
+
 def add_speed_arguments(group: argparse._ActionsContainer) -> None:
     """Declare what makes a contrast faster."""
-    group.add_argument("--horizon", type=positive_int, help="contrast only this many new tokens (default: all)")
+    add_horizon_argument(group)
     group.add_argument(
         "--share_instruction_kv",
         action=argparse.BooleanOptionalAction,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,9 +13,9 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .address import add_address_arguments, check_address
 from .command import CommandError, note, show
 from .export_vllm import add_export_arguments, export_to
-from .options import checked
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +32,6 @@ _INSTEAD = {
     "--ssl-certfile": "the server speaks plain HTTP; put a proxy in front of it",
     "--ssl-keyfile": "the server speaks plain HTTP; put a proxy in front of it",
 }
-_port = checked(int, lambda value: 0 < value < 65536, "a port from 1 to 65535")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "vllm_arguments", nargs="*", metavar="ARGUMENT", help="hand these to vLLM's server (behind --)"
     )
     add_export_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="listen at this address (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=8000, help="listen at this port (default: %(default)s)")
+    add_address_arguments(parser, default_port=8000)
     parser.add_argument(
         "--request_alpha",
         action="store_true",
@@ -60,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         name = argument.partition("=")[0]
         if name in ("--host", "--port", *_INSTEAD):
             raise CommandError(f"{name} is not vLLM's here: {_INSTEAD.get(name, f'give {name} before --')}")
-    _check_address(args.host, args.port)
+    check_address(args.host, args.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends too
     with tempfile.TemporaryDirectory(prefix="acd-logits-") as temporary:
         folder = Path(temporary) / "served"
@@ -82,15 +79,6 @@ def command(folder: Path, args: argparse.Namespace) -> list[str]:
 
         line += ["--logits-processors", PROCESSOR]
     return line + args.vllm_arguments
-
-
-def _check_address(host: str, port: int) -> None:
-    """See whether the address is free, before the model is loaded."""
-    try:
-        with contextlib.closing(socket.create_server((host, port))):
-            pass
-    except OSError as error:
-        raise CommandError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
