@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .. import __version__
-from . import anchors, chat, distil, evaluate, explain, export_vllm, generate, push, serve, train
+from . import anchors, chat, demo, distil, evaluate, explain, export_vllm, generate, push, serve, train
 from .command import Command, CommandParser, run_command
 
 COMMANDS: dict[str, Command] = {
     "generate": generate,
     "chat": chat,
     "explain": explain,
+    "demo": demo,
     "anchors": anchors,
     "train": train,
     "distil": distil,
