@@ -1,11 +1,16 @@
 """The programs in examples/ run as they are, on the demo model."""
 
+import configparser
 import os
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
 
 from acd_logits.refusal import is_refusal
 
@@ -65,3 +70,28 @@ def test_serve(tmp_path):
     line = ["bash", EXAMPLES / "serve.sh", "--port", "8001"]
     ran = subprocess.run(line, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
     assert ran.stdout == "serve --model_name_or_path smollm2 --port 8001\n"
+
+
+def test_space():
+    pytest.importorskip("gradio", reason="needs Gradio")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    line = [sys.executable, EXAMPLES / "space/app.py", "--port", port]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout.readline() == f"The page is at http://127.0.0.1:{port}/\n"
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=10) as config:
+                assert "One prompt, two answers" in config.read().decode()
+        finally:
+            server.kill()
+
+
+def test_card_of_the_space():
+    card = SpaceCard.load(EXAMPLES / "space/README.md").data
+    assert (card.sdk, card.app_file, card.license) == ("gradio", "app.py", "apache-2.0")
+    assert len(card.short_description) <= 60
+    setup = configparser.ConfigParser()
+    setup.read(EXAMPLES.parent / "setup.cfg")
+    wanted = [Requirement(line) for line in setup["options.extras_require"]["demo-ui"].split()]
+    assert [each.specifier.contains(card.sdk_version) for each in wanted if each.name == "gradio"] == [True]
+    assert (EXAMPLES / "space/requirements.txt").read_text() == "acd-logits[demo-ui]\n"
