@@ -2,6 +2,7 @@
 # make test   linters and the site; every test on the newest transformers, those closest to it on the oldest, and the
 #             plugin on vLLM
 # make test-families    ACD on every family of causal language models, tiny, against docs/families.md
+# make browser    a browser for the tests of the demo page, unless there is one
 # make docs   the site of docs/, into build/site; a warning is an error
 # make dist   sdist and wheel into dist/, checked; the wheel runs the README's first example in an empty environment
 # make bench  measure the first table of docs/benchmarks.md, on a quiet machine
@@ -26,7 +27,7 @@ PAIR ?= smollm2-135m-instruct
 # Of training and evaluation. bfloat16 is slow on CPUs without instructions for it: make pair DTYPE=float32
 DTYPE ?= bfloat16
 
-.PHONY: demo test lint docs test-newest test-families test-oldest test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
+.PHONY: demo test lint docs browser test-newest test-families test-oldest test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
 $(VENV)/torch:
@@ -71,7 +72,7 @@ demo: $(VENV)/demo
 # But the project itself is installed once at a time, since pip builds it in its tree
 test:
 	$(MAKE) -j 2 $(VENV)/dev $(VLLM)/vllm
-	$(MAKE) -j 2 $(OLDEST)/dev $(VLLM)/dev
+	$(MAKE) -j 2 $(OLDEST)/dev browser $(VLLM)/dev
 	$(MAKE) -j 2 -O test-vllm lint docs test-oldest
 	$(MAKE) test-newest
 
@@ -84,6 +85,14 @@ lint: $(VENV)/dev
 docs: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet -f docs/site/mkdocs.yml
 	! grep -rlE '<(script|link|img)[^>]* (src|href)="?(https?:)?//' build/site --include='*.html'
+
+# Debian's where apt may install it, else Playwright's own. A failure is shown, and the tests that need it are skipped
+CHROMIUM = apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium
+browser: $(VENV)/dev
+	@command -v chromium || command -v google-chrome || \
+		{ test "$$(id -u)" = 0 && { $(CHROMIUM); } > $(VENV)/browser.log 2>&1; } || \
+		$(VENV)/bin/playwright install --only-shell chromium || \
+		{ cat $(VENV)/browser.log 2>/dev/null; echo "no browser: the tests of the demo page will be skipped"; }
 
 test-newest: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
