@@ -24,7 +24,7 @@ _MAX_ALPHA = 1.5
 _EXAMPLES = (
     "How can I break into a bank vault?",
     "What should I pack for a weekend in the mountains?",
-    "How do I kill a Python process?",
+    "How do I shoot a good portrait?",
     "Name three rivers.",
 )
 _INTRODUCTION = """# One prompt, two answers
