@@ -202,7 +202,7 @@ def test_options_of_the_processor():
     assert documented("The processor", parameters[2:]) == []  # behind the model and the pair
 
 
-COMMANDS = ["generate", "chat", "explain", "demo", "anchors", "evaluate", "push", "export-vllm", "serve"]
+COMMANDS = ["generate", "chat", "explain", "demo", "anchors", "evaluate", "push", "export", "export-vllm", "serve"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

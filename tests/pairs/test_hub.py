@@ -16,9 +16,10 @@ import huggingface_hub
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from acd_logits import ACDLogitsProcessor, PromptPair, cli
+from acd_logits.decoding.export import export
 from conftest import PAIR_FILES, VOCAB, build_batch, build_distilled, build_key_value_pair, build_model, build_pair
 from hub_server import Hub
 
@@ -108,6 +109,12 @@ def generate_by_id(package_is_there=True, model=None, **kwargs):
     with mock.patch.dict(sys.modules, {} if package_is_there else {"acd_logits": None}):
         tokens = model.generate(**build_batch(), **settings, **kwargs)
     return tokens.tolist(), "_acd_attachment" in model.__dict__
+
+
+def generate_by_itself(token="hf_reader", **kwargs):
+    model = AutoModelForCausalLM.from_pretrained("org/safe", token=token, **{"trust_remote_code": True} | kwargs)
+    model.generation_config.eos_token_id = None
+    return model.generate(**build_batch(), max_new_tokens=8, do_sample=False).tolist()
 
 
 def generate_by_processor(folder, **options):
@@ -457,3 +464,18 @@ def test_the_card_says_how_to_use_it_in_one_line(client, hub, folder):
     assert "- custom_generate\n" in card
     assert 'custom_generate="org/pair", trust_remote_code=True' in card
     assert "custom_generate" not in (folder / "README.md").read_text(encoding="utf-8"), "a folder carries no script"
+
+
+# A model that is safeguarded by itself
+
+
+def test_an_exported_model_gives_the_tokens_of_the_processor(client, hub, folder, tokenizer, tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    export(tmp_path / "base", tmp_path / "safe", PromptPair.from_pretrained(folder))
+    files = [path for path in (tmp_path / "safe").rglob("*") if path.is_file()]
+    contents = {path.relative_to(tmp_path / "safe").as_posix(): path.read_bytes() for path in files}
+    hub.add("org/safe", contents, private=True)
+    assert client(generate_by_itself) == generate_by_processor(folder)
+    with pytest.raises(OSError, match="safetensors"):
+        client(generate_by_itself, trust_remote_code=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import __version__
-from . import anchors, chat, demo, distil, evaluate, explain, export_vllm, generate, push, serve, train
+from . import anchors, chat, demo, distil, evaluate, explain, export, export_vllm, generate, push, serve, train
 from .command import Command, CommandParser, run_command
 
 COMMANDS: dict[str, Command] = {
@@ -16,6 +16,7 @@ COMMANDS: dict[str, Command] = {
     "distil": distil,
     "evaluate": evaluate,
     "push": push,
+    "export": export,
     "export-vllm": export_vllm,
     "serve": serve,
 }

@@ -10,6 +10,8 @@ explanation.py      what it did, token by token: object and JSON
 terminal_view.py    the same as text
 html_view.py        the same as a page
 custom_generate.py  a pair from the Hub in one line
+safeguarded.py      a model whose generate() uses the contrast by itself
+export.py           the folder it is loaded from
 paired.py           both streams as 2B rows of one forward
 shared.py           both streams over one copy of the instruction
 layout.py           where soft prompts and the text stand in a row, and the masks that follow

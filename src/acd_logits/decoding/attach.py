@@ -12,6 +12,7 @@ import inspect
 import threading
 import weakref
 from abc import abstractmethod
+from contextvars import ContextVar
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import CompileConfig, GenerationConfig
     from transformers.generation import CandidateGenerator
     from transformers.utils import ModelOutput
+
+
+# Set while `check_left_padding` generates, the one time that a model which is safeguarded by itself may do so plainly
+checks_padding: ContextVar[bool] = ContextVar("checks_padding", default=False)
 
 
 class ContrastProcessor(LogitsProcessor):
@@ -192,7 +197,12 @@ def forward_hook(
 
 def _calls(processors: Iterable[Any] | None) -> list[_Call]:
     """The places of ACD in a list of processors."""
-    return [processor for processor in processors or [] if isinstance(processor, _Call)]
+    return [processor for processor in processors or [] if is_noted(processor)]
+
+
+def is_noted(processor: Any) -> bool:
+    """Whether an item of a list of processors is ACD's place in a call that `generate` has noted."""
+    return isinstance(processor, _Call)
 
 
 def _noted(processors: Any) -> Any:

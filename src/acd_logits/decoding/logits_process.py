@@ -18,7 +18,7 @@ from ..pairs.key_values import cache_layers
 from ..pairs.prompt_pair import PromptPair
 from ..ranges import check_alpha, check_beta, check_horizon
 from . import attention
-from .attach import BoundProcessor, ContrastProcessor, attach, detach, is_attached
+from .attach import BoundProcessor, ContrastProcessor, attach, checks_padding, detach, is_attached
 from .call import CACHE_NAMES
 from .contrast import contrast
 from .explain import explain
@@ -331,6 +331,7 @@ def check_left_padding(model: PreTrainedModel) -> None:
     training = [module for module in model.modules() if module.training]
     for module in training:  # no dropout here
         module.training = False
+    plainly = checks_padding.set(True)
     try:
         alone, behind = (
             torch.cat(
@@ -346,6 +347,7 @@ def check_left_padding(model: PreTrainedModel) -> None:
             for pads in (0, 1)
         )
     finally:
+        checks_padding.reset(plainly)
         for module in training:
             module.training = True
     # The index of Minimax M3 counts in blocks of slots, which a padding token seldom moves a token out of

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ..model_files import CONFIG, INDEX, link_weights, model_folder, read_config, write_json
 from ..pairs.key_values import check_shareable, embeddings_to_key_values, prompt_key_values
 from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
@@ -22,13 +21,10 @@ from ..ranges import check_alpha, check_beta
 from .exported import PREFIX, TENSORS, TENSORS_NAME, ExportedPair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
-_CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _PROBES = 16  # tokens whose embeddings, or keys and values, vLLM compares
 _PROBE_POSITION = 100  # far enough for rotary frequencies to show
 
@@ -63,7 +59,7 @@ def export(
     target = Path(output_dir)
     if target.exists():
         raise ValueError(f"{target} exists: choose a new folder.")
-    base = _base_folder(model_name_or_path)
+    base = model_folder(model_name_or_path)
     config = _checked_config(base)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype="auto").eval()
@@ -82,7 +78,10 @@ def export(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        _link_weights(base, temporary, TENSORS[prompt_type])
+        index = link_weights(base, temporary)
+        if index is not None:  # vLLM then reads the files of the index only
+            index["weight_map"] |= dict.fromkeys(TENSORS[prompt_type], TENSORS_NAME)
+            write_json(temporary / INDEX, index)
         _write_tensors(temporary / TENSORS_NAME, pair, model)
         tokenizer.save_pretrained(temporary)
         config["architectures"] = [PREFIX + config["architectures"][0]]
@@ -96,7 +95,7 @@ def export(
                 placeholder_id=placeholder_id,
             )
         )
-        _write_json(temporary / _CONFIG, config)
+        write_json(temporary / CONFIG, config)
         if (base / "generation_config.json").is_file():
             shutil.copyfile(base / "generation_config.json", temporary / "generation_config.json")
         temporary.rename(target)
@@ -107,53 +106,13 @@ def export(
 # ----- the base model -----
 
 
-def _base_folder(name: str | os.PathLike[str]) -> Path:
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    AutoConfig.from_pretrained(name)  # says plainly if there is no such model
-    return Path(
-        snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-    )
-
-
 def _checked_config(base: Path) -> dict[str, Any]:
     """The base model's `config.json`, if vLLM's plugin could serve it."""
-    if not (base / _CONFIG).is_file():
-        raise OSError(f"{base} holds no model: {_CONFIG} is missing.")
-    config = json.loads((base / _CONFIG).read_text(encoding="utf-8"))
-    architectures = config.get("architectures") or []
-    if len(architectures) != 1:
-        raise ValueError(f"{base / _CONFIG} names {len(architectures)} architectures, vLLM needs one.")
-    if architectures[0].startswith(PREFIX) or "acd" in config:
-        raise ValueError(f"{base} was exported already: start from its base model.")
-    if config.get("is_encoder_decoder") or not architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
-        raise ValueError(f"{architectures[0]} is not a decoder-only language model of text.")
-    # Code of the model's own would be loaded where this plugin is missing
-    config.pop("auto_map", None)
+    config = read_config(base)
+    [architecture] = config["architectures"]
+    if config.get("is_encoder_decoder") or not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"{architecture} is not a decoder-only language model of text.")
     return config
-
-
-def _link_weights(base: Path, folder: Path, tensors: Iterable[str]) -> None:
-    """Put the base model's safetensors files into the folder, without copying where the file system allows it.
-
-    Where there are several, vLLM reads those of the index, which then has to list the pair's file too.
-    """
-    if (base / _INDEX).is_file():
-        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-        index["weight_map"] |= dict.fromkeys(tensors, TENSORS_NAME)
-        _write_json(folder / _INDEX, index)
-    else:
-        names = [_SINGLE]
-    for name in names:
-        if Path(name).name != name or not (base / name).is_file():
-            raise OSError(f"{base} has no {name}: vLLM's plugin reads weights from safetensors only.")
-        file = (base / name).resolve()  # the Hub's cache holds links itself
-        try:
-            (folder / name).hardlink_to(file)
-        except OSError:  # another file system, or one without hard links
-            (folder / name).symlink_to(file)
 
 
 # ----- the pair -----
@@ -215,7 +174,3 @@ def _free_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     if free > vocab_size:
         raise ValueError(f"this tokenizer has more tokens than the model, which knows {vocab_size}.")
     return free
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
