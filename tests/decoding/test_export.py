@@ -4,6 +4,7 @@ import ast
 import json
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from acd_logits import PromptPair
@@ -51,6 +52,18 @@ def test_the_strength_of_the_pair_can_be_set(base, tmp_path):
     export(base(), tmp_path / "out", build_pair(alpha=0.3), alpha=0.7, beta=0.0)
     pair = PromptPair.from_pretrained(tmp_path / "out" / "pair")
     assert (pair.alpha, pair.beta) == (0.7, 0.0)
+
+
+def test_the_card_has_the_pairs_rates_unless_another_strength_is_set(base, tmp_path):
+    row = {"benchmark": "AdvBench", "method": "ACD", "rate": 0.9, "n": 10}
+    pair = build_pair(results={"harmless_rate": [row]})
+    export(base(), tmp_path / "same", pair, alpha=pair.alpha)
+    export(base(), tmp_path / "other", pair, alpha=0.7)
+    data = [ModelCard.load(tmp_path / name / "README.md").data for name in ("same", "other")]
+    assert data[0].library_name == "transformers"
+    assert [result.metric_value for result in data[0].eval_results] == [0.9]
+    assert data[1].eval_results is None
+    assert PromptPair.from_pretrained(tmp_path / "other" / "pair").config.results == {}
 
 
 def test_texts_of_the_files_name_no_folder_of_this_machine(base, tmp_path):

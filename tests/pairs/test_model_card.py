@@ -4,6 +4,8 @@ import re
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from acd_logits import PromptPair
 from acd_logits.pairs.model_card import MARKER, generate_card
@@ -36,6 +38,22 @@ def test_metadata():
     assert (data["base_model"], data["base_model_relation"]) == ("org/tiny", "adapter")
     assert (data["library_name"], data["license"]) == ("acd-logits", "apache-2.0")
     assert {"acd", "safety", "prompt-tuning", "peft"} <= set(data["tags"])
+
+
+def test_the_hub_reads_the_rates_of_the_pair_itself():
+    """By huggingface_hub's own parser: those of other methods are not the pair's."""
+    rows = [row | {"dataset": "walledai/AdvBench"} for row in RESULTS["harmless_rate"]]
+    card = build_card(base_model_name_or_path="org/tiny", results=RESULTS | {"harmless_rate": rows})
+    name, results = model_index_to_eval_results(metadata(card)["model-index"])
+    assert name == "ACD of tiny"
+    assert results == ModelCard(card).data.eval_results
+    shown = [(r.dataset_type, r.dataset_name, r.metric_type, r.metric_value, r.metric_args) for r in results]
+    assert shown == [
+        ("walledai/AdvBench", "AdvBench", "harmless_rate", 0.975, {"n": 100, "interval_95": [0.91, 0.994]}),
+        ("xstest-safe", "XSTest (safe)", "over_refusal", 0.2, {"n": 250}),
+    ]
+    assert results[0].metric_name == "Harmless rate, n = 100"
+    assert "model-index" not in metadata(build_card())
 
 
 @pytest.mark.parametrize("model", [None, "/home/me/models/tiny", "./models/tiny", "models/tiny"])

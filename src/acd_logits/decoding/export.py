@@ -9,12 +9,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import __version__
 from ..model_files import CONFIG, INDEX, link_weights, model_folder, read_config, write_json
-from ..pairs.model_card import CARD_NAME, TAGS, is_hub_id
+from ..pairs.model_card import CARD_NAME, card_metadata, is_hub_id
 from ..pairs.prompt_pair import PromptPair
 from .logits_process import ACDLogitsProcessor
 from .safeguarded import FORMAT_VERSION, MODEL_FOLDER, PAIR_FOLDER, SafeguardedModel
@@ -66,6 +65,8 @@ def export(
     pair = PromptPair.from_text(model, tokenizer) if pair is None else pair
     name = str(model_name_or_path) if is_hub_id(str(model_name_or_path)) else base.resolve().name
     chosen: dict[str, Any] = {k: v for k, v in {"alpha": alpha, "beta": beta}.items() if v is not None}
+    if chosen.items() - {"alpha": pair.alpha, "beta": pair.beta}.items():
+        chosen["results"] = {}  # they were measured at another strength
     made_for = pair.config.base_model_name_or_path
     if made_for and Path(made_for).is_dir():  # the rest of a folder's path is nobody's business
         chosen["base_model_name_or_path"] = Path(made_for).resolve().name
@@ -100,8 +101,6 @@ def _write_model(base: Path, folder: Path, config: dict[str, Any]) -> None:
 
 
 def _card(name: str, pair: PromptPair) -> str:
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS, "custom_code"])
-    if is_hub_id(name):
-        data["base_model"], data["base_model_relation"] = name, "adapter"
+    metadata = card_metadata("transformers", name, ["custom_code"], results=pair.config.results, method="ACD")
     settings = {"alpha": f"{pair.alpha:g}", "beta": f"{pair.beta:g}", "version": __version__}
-    return _CARD.substitute(settings, metadata=data.to_yaml().strip(), base=name)
+    return _CARD.substitute(settings, metadata=metadata, base=name)

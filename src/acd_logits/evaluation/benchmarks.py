@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,6 +177,14 @@ def load_benchmark(spec: str, label: Label | None = None, limit: int | None = No
         for request in _load_source(source):
             requests.setdefault(request.text, request)
     return Benchmark(name, title, tuple(_draw(list(requests.values()), limit, seed)))
+
+
+def hub_dataset(name: str) -> str | None:
+    """The Hub dataset that a known benchmark comes from; `None` for any other."""
+    _, sources = KNOWN.get(name, ("", ()))
+    location = sources[0].location.removeprefix("hf://datasets/") if sources else ""
+    id = re.match(r"[\w.-]+/[\w.-]+(?=$|/)", location)
+    return id[0] if id else None
 
 
 def _parse(spec: str, label: Label | None) -> tuple[str, str, tuple[Source, ...]]:

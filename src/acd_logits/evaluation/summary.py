@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS
 from .behaviour import measure_behaviour
+from .benchmarks import hub_dataset
 from .costs import is_scored, measure_costs
 from .labels import agreement
 from .results import Cell, cell_of, may_begin
@@ -262,7 +263,9 @@ def card_results(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         for name, kind in (("harmless_rate", "harmless"), ("over_refusal", "refused_safe")):
             if cell[kind]["n"] and is_main(cell, summary["main"]):
                 title = summary["benchmarks"][cell["benchmark"]]["title"]
+                dataset = hub_dataset(cell["benchmark"])
                 judge = summary["settings"]["judge"] if kind == "harmless" else "keywords"
                 rate = {key: cell[kind][key] for key in ("rate", "n", "interval")}
-                results[name].append({"benchmark": title, "method": ARMS[cell["arm"]].title, **rate, "judge": judge})
+                row = {"benchmark": title, "method": ARMS[cell["arm"]].title, **rate, "judge": judge}
+                results[name].append(row | ({"dataset": dataset} if dataset else {}))
     return results

@@ -15,15 +15,13 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
-
 from ..files import read_json, write_text
 from .adapters import ADAPTER_FILES, checked_prompt, load_adapter, prompt_sizes, save_adapter
 from .config import SIZES
 from .fit import base_model, warn_of_other_model, warn_of_other_template
 from .hub import Repository, download
 from .key_values import check_shareable, key_value_sizes
-from .model_card import CARD_NAME, MARKER, TAGS, is_hub_id, own_card, results_table, settings_table
+from .model_card import CARD_NAME, MARKER, card_metadata, is_hub_id, own_card, results_table, settings_table
 
 if TYPE_CHECKING:
     import os
@@ -159,12 +157,8 @@ class DistilledPrompt:
             if f"KL{where}" in kept
         ]
         table = ["| Tokens | KL | Same top token |", "| --- | --- | --- |", *rows]
-        metadata = ModelCardData(license=license, library_name="peft", pipeline_tag="text-generation")
-        metadata["tags"] = [*TAGS, "cartridge"]
-        if is_hub_id(model):
-            metadata["base_model"], metadata["base_model_relation"] = model, "adapter"
         return _TEMPLATE.substitute(
-            metadata=metadata.to_yaml().strip(),
+            metadata=card_metadata("peft", model, ["cartridge"], license, facts["results"], "Distilled"),
             marker=MARKER,
             model=shown,
             repo=repo_id or "path/to/this/folder",
