@@ -42,3 +42,14 @@ def test_an_interrupt_is_quiet(monkeypatch, capsys):
     monkeypatch.setattr("acd_logits.cli.generate.load_assistant", interrupt)
     assert main(["generate", "open the door"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_a_transformers_that_acd_does_not_know_is_one_line(monkeypatch, fails):
+    def moved(*_, **__):
+        raise ImportError("transformers 9.0 has no GenerationMixin.x, which ACD hooks into", name="transformers")
+
+    monkeypatch.setattr("acd_logits.cli.generate.load_assistant", moved)
+    assert "has no GenerationMixin.x" in fails("generate", "hello")
+    monkeypatch.setattr("acd_logits.cli.generate.load_assistant", lambda *_, **__: __import__("acd_logits.nothing"))
+    with pytest.raises(ImportError, match="nothing"):
+        main(["generate", "hello"])

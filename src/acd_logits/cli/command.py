@@ -55,7 +55,8 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
         argv (`list[str]`, *optional*): the arguments; default: those of the process.
 
     Returns:
-        `int`: 0, 1 for a `CommandError`, 130 after Ctrl-C, 141 if the reader of the output went away.
+        `int`: 0, 1 for a `CommandError` or a transformers that is missing or unknown, 130 after Ctrl-C, 141 if the
+            reader of the output went away.
     """
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -64,7 +65,9 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
     try:
         args.run(args)
         sys.stdout.flush()
-    except CommandError as error:
+    except (CommandError, ImportError) as error:
+        if isinstance(error, ImportError) and error.name != "transformers":  # it is missing, or not one ACD knows
+            raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

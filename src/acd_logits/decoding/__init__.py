@@ -3,6 +3,7 @@
 contrast.py         eq. 5
 logits_process.py   the processor: its options, and what it does in one call
 attach.py           all that is done to a model while a processor is attached
+hooks.py            what it hooks into in transformers, checked at start-up
 call.py             one call of the model's forward
 owed.py             the contrasts that a decoding loop owes
 explain.py          a record of what the contrast did in one call

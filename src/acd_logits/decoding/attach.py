@@ -21,6 +21,7 @@ from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrained
 from transformers.generation import GenerationMixin
 
 from .call import CACHE_NAMES, PairedCall
+from .hooks import check_hooks
 from .paired import PairedCache, known_cache
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from transformers.generation import CandidateGenerator
     from transformers.utils import ModelOutput
 
+
+check_hooks()
 
 # Set while `check_left_padding` generates, the one time that a model which is safeguarded by itself may do so plainly
 checks_padding: ContextVar[bool] = ContextVar("checks_padding", default=False)
