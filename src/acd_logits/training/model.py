@@ -144,8 +144,8 @@ class OPOModel(PromptedModel):
             return _forward_behind_instruction(model, x, prompt, ids, mask, response_length)
         if reuses_prefix(model) and not _checkpoints_gradients(model):  # which keeps no keys and values
             return forward_behind_prefix(model, prompt, ids, mask, response_length)
-        x = model.get_input_embeddings()(ids)
-        embeds, mask, positions = place_soft_prompt(prompt, x, mask)
+        embedded = model.get_input_embeddings()(ids)
+        embeds, mask, positions = place_soft_prompt(prompt, embedded, mask)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
         optional = {"position_ids": positions, "logits_to_keep": response_length + 1}
         accepted = inspect.signature(model.forward).parameters
