@@ -172,8 +172,8 @@ def test_directions_are_differences_of_what_goes_into_the_layers(script, tokeniz
         for text in texts:
             model(torch.tensor([tokenizer(text)["input_ids"]]))
     for i, state in enumerate(seen):
-        torch.testing.assert_close(last[i % 3, i // 3], state[0, -1], atol=1e-5, rtol=0)
-        torch.testing.assert_close(mean[i % 3, i // 3], state[0].mean(0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(last[i % 3, i // 3], state[0, -1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mean[i % 3, i // 3], state[0].mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_the_condition_tells_harmful_from_safe(script):

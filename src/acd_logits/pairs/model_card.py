@@ -152,10 +152,11 @@ def _eval_result(metric: str, row: dict[str, Any]) -> EvalResult:
     """A row of the results in the form of huggingface_hub."""
     judge = f", judged by {row['judge']}" if row.get("judge") else ""
     interval = [round(bound, 4) for bound in row.get("interval") or []]
+    benchmark = str(row["benchmark"])
     return EvalResult(
         task_type="text-generation",
-        dataset_type=row.get("dataset") or re.sub(r"\W+", "-", row["benchmark"].lower()).strip("-"),
-        dataset_name=row["benchmark"],
+        dataset_type=str(row.get("dataset") or re.sub(r"\W+", "-", benchmark.lower()).strip("-")),
+        dataset_name=benchmark,
         metric_type=metric,
         metric_name=f"{METRICS[metric]}{judge}, n = {row['n']}",
         metric_value=round(row["rate"], 4),
