@@ -3,6 +3,9 @@
 #             plugin on vLLM
 # make test-families    ACD on every family of causal language models, tiny, against docs/families.md
 # make browser    a browser for the tests of the demo page, unless there is one
+# make test-main        the tests closest to transformers, on its newest pre-release on PyPI (where none is ahead: on its
+#             newest release). To be run now and then: what fails there will fail for users soon
+# make notebooks   execute examples/notebooks/, and write their outputs into them
 # make docs   the site of docs/, into build/site; a warning is an error
 # make dist   sdist and wheel into dist/, checked; the wheel runs the README's first example in an empty environment
 # make bench  measure the first table of docs/benchmarks.md, on a quiet machine
@@ -14,6 +17,7 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
 OLDEST := .venv-oldest
+MAIN := .venv-main
 VLLM := .venv-vllm
 DIST := .venv-dist
 # Modules are compiled when they are first imported, and not when they are installed: torch takes 10 s instead of 18
@@ -27,7 +31,7 @@ PAIR ?= smollm2-135m-instruct
 # Of training and evaluation. bfloat16 is slow on CPUs without instructions for it: make pair DTYPE=float32
 DTYPE ?= bfloat16
 
-.PHONY: demo test lint docs browser test-newest test-families test-oldest test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
+.PHONY: demo test lint docs browser notebooks test-newest test-families test-oldest test-main test-vllm dist bench bench-vllm soak-vllm pair evaluation clean
 
 # torch first and by itself: asked for by another package, pip would take the build with gigabytes of CUDA libraries
 $(VENV)/torch:
@@ -45,11 +49,14 @@ $(VENV)/dev: $(VENV)/torch setup.cfg
 	touch $(VENV)/demo $@
 
 # All that is in $(VENV), and in front of it the oldest transformers with what it needs: seconds, and no second torch
-$(OLDEST)/dev: $(VENV)/dev
-	$(PYTHON) -m venv --clear --without-pip $(OLDEST)
+$(OLDEST)/dev: TRANSFORMERS := "transformers==5.16.*"
+# Past what setup.cfg allows. On 27 November 2026 no pre-release is ahead of 5.24, so this is 5.24
+$(MAIN)/dev: TRANSFORMERS := --pre --upgrade --no-deps transformers
+$(OLDEST)/dev $(MAIN)/dev: $(VENV)/dev
+	$(PYTHON) -m venv --clear --without-pip $(@D)
 	newest=$$($(abspath $(VENV))/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		cd $(OLDEST)/lib/python3*/site-packages && echo "import site; site.addsitedir('$$newest')" > newest.pth
-	$(OLDEST)/$(PIP) "transformers==5.16.*"
+		cd $(@D)/lib/python3*/site-packages && echo "import site; site.addsitedir('$$newest')" > newest.pth
+	$(@D)/$(PIP) $(TRANSFORMERS)
 	touch $@
 
 # vLLM holds transformers back. What it installs for sounds and pictures, models of text have no use for
@@ -94,6 +101,9 @@ browser: $(VENV)/dev
 		$(VENV)/bin/playwright install --only-shell chromium || \
 		{ cat $(VENV)/browser.log 2>/dev/null; echo "no browser: the tests of the demo page will be skipped"; }
 
+notebooks: $(VENV)/dev
+	$(VENV)/bin/python tests/notebooks.py
+
 test-newest: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
@@ -104,11 +114,17 @@ test-families: $(VENV)/dev
 # Left out: what reaches transformers through the rest of the package only, or not at all, and what is marked `newest`
 REACHED = anchors cli decoding/test_explanation.py decoding/test_state_machine.py decoding/test_step_cost.py evaluation \
 	pairs/test_model_card.py test_benchmark.py test_demo_model.py test_docs.py test_examples.py test_files.py \
-	test_gpu_check.py test_imports.py test_refusal.py test_train_harm_judge.py test_train_rivals.py \
+	test_gpu_check.py test_imports.py test_notebooks.py test_refusal.py test_train_harm_judge.py test_train_rivals.py \
 	training/test_train_command.py
 
 test-oldest: $(OLDEST)/dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not real_model and not newest" $(REACHED:%=--ignore=tests/%)
+
+# The newest each time. Stops at once, and names what moved, where ACD hooks into something else
+test-main: $(MAIN)/dev
+	$(MAIN)/$(PIP) --pre --upgrade --no-deps transformers
+	$(MAIN)/bin/python -c "import acd_logits.decoding.hooks as hooks; hooks.check_hooks()"
+	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m pytest -n 2 -m "not real_model" $(REACHED:%=--ignore=tests/%)
 
 # In one process, which hosts most of the engines
 test-vllm: $(VLLM)/dev
@@ -163,4 +179,4 @@ soak-vllm: served
 	VLLM_CPU_KVCACHE_SPACE=2 $(VLLM)/bin/python scripts/soak_vllm.py --folder served
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) $(DIST) served build dist src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) $(MAIN) $(VLLM) $(DIST) served build dist src/*.egg-info
