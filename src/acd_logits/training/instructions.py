@@ -48,9 +48,7 @@ class InstructionCache:
             return []
         nothing = next(iter(found.values()))[:0]
         rows = torch.nn.utils.rnn.pad_sequence([found.get(row, nothing) for row in instructions], batch_first=True)
-        layers = (
-            rows.permute(2, 3, 0, 4, 1, 5).contiguous().unbind()
-        )  # of each keys and values, [2, B, heads, T, head_dim]
+        layers = rows.permute(2, 3, 0, 4, 1, 5).contiguous().unbind()  # `[2, B, heads, T, head_dim]` each
         return [tuple(layer.to(device)) for layer, device in zip(layers, self._devices, strict=True)]
 
     def _compute_and_keep(
