@@ -20,7 +20,7 @@ The arms answer the same random prompts, greedily and without an end-of-sequence
 - `shared`: the same with one copy of the prompt's keys and values for both streams (`share_instruction_kv`).
 - `horizon`: ACD that contrasts the first 16 new tokens.
 - `shared_horizon`: both of these.
-- `key_value`: key-value prompts, which are given as keys and values and always share.
+- `key_value`: key-value prompts, which are given as keys and values and always share; those of `--pair`, if named.
 - `guidance`: the prompt, and a negative prompt (100 tokens by default, and the prompt), which is as long as ACD's
   adversarial stream. transformers computes it anew in each call, with the logits of all its tokens.
 
@@ -32,6 +32,9 @@ its peak memory above the level before it. Times are medians over the repeats. A
 the same repeat: median (minimum to maximum). Peak memory (allocated on CUDA, resident on Linux) is measured in the
 warm-up, an arm's first call. Own code is the share of the time between the first token and the 40th that is spent in
 this package's hooks and processor, under Python's profiler, which slows Python down: it is less without.
+
+`2 rows` is what a second row for each prompt costs the model alone: a forward pass of one token a row over a cache of
+random keys, for twice the rows over the rows, in turns. Two streams cannot decode in less, but for keys they share.
 """
 
 from __future__ import annotations
@@ -55,12 +58,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 from transformers.utils.logging import tqdm
 
 from acd_logits import ACDLogitsProcessor, PromptPair, __version__
 from acd_logits.cli import CommandError, CommandParser, run_command
-from acd_logits.demo_model import DEMO_MODEL, resolve_model_name
+from acd_logits.demo_model import DEMO_MODEL, resolve_model_name, resolve_pair_name
 from acd_logits.pairs.key_values import check_shareable, embeddings_to_key_values
 
 SHAPES = (
@@ -85,6 +95,7 @@ class Setup:
 
     model: PreTrainedModel
     pair: PromptPair
+    key_values: PromptPair | None
     new_tokens: int
     repeats: int
     arms: list[str]
@@ -105,7 +116,9 @@ def acd_arguments(
 
 
 def key_value_arguments(setup: Setup, prompt: torch.Tensor) -> dict[str, Any]:
-    """ACD with the keys and values of the same soft prompts."""
+    """ACD with key-value prompts: those that were named, or the keys and values of the same soft prompts."""
+    if setup.key_values:
+        return {"logits_processor": [ACDLogitsProcessor(setup.model, setup.key_values)]}
     embeddings = (setup.pair.safeguarding, setup.pair.adversarial)
     safeguarding, adversarial = (embeddings_to_key_values(setup.model, soft) for soft in embeddings)
     return {"logits_processor": [ACDLogitsProcessor(setup.model, PromptPair(safeguarding, adversarial))]}
@@ -262,7 +275,37 @@ def measure_cell(
         }
         for arm in setup.arms
     }
-    return {"batch_size": batch_size, "prompt_length": prompt_length, "arms": arms}
+    doubling = cost_of_doubling(setup.model, batch_size, prompt_length + setup.new_tokens // 2)
+    return {"batch_size": batch_size, "prompt_length": prompt_length, "twice_the_rows": doubling, "arms": arms}
+
+
+@torch.no_grad()
+def cost_of_doubling(
+    model: PreTrainedModel, batch_size: int, cached: int, repeats: int = 20
+) -> dict[str, float] | None:
+    """Time a step of the plain model at twice the rows over one at the rows, in turns: median, least and most.
+
+    `None` for a model whose cache holds something else than all keys and values.
+    """
+    try:
+        check_shareable(model)
+    except ValueError:
+        return None
+    made = model(random_ids(model, 1, 1)).past_key_values.layers
+    layers = [
+        [kv.new_empty(2 * batch_size, kv.shape[1], cached, kv.shape[3]).normal_() for kv in (m.keys, m.values)]
+        for m in made
+    ]
+    ratios = []
+    for _ in range(repeats):
+        seconds = []
+        for rows in (batch_size, 2 * batch_size):
+            cache = DynamicCache([(keys[:rows], values[:rows]) for keys, values in layers])
+            start = now(model.device)
+            model(random_ids(model, rows, 1), past_key_values=cache)
+            seconds.append(now(model.device) - start)
+        ratios.append(seconds[1] / seconds[0])
+    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def own_share(setup: Setup, prompt: torch.Tensor, arguments: dict[str, Any]) -> float:
@@ -293,6 +336,18 @@ def summarise(runs: list[dict[str, float]], plain: list[dict[str, float]], metri
     return {"median": median(run[metric] for run in runs), "ratio_to_plain": ratio}
 
 
+def load_key_values(name: str, model: PreTrainedModel) -> PromptPair:
+    """Load key-value prompts for the model."""
+    try:
+        pair = PromptPair.from_pretrained(resolve_pair_name(name))
+        pair.check(model)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot take --pair {name}: {error}") from error
+    if pair.safeguarding.ndim != 5:
+        raise CommandError(f"--pair {name} holds embedding prompts: the arm key_value takes key-value prompts")
+    return pair
+
+
 def load_setup(args: argparse.Namespace) -> Setup:
     """Load or make the model, and draw the soft prompts from its embeddings."""
     torch.manual_seed(0)
@@ -312,6 +367,7 @@ def load_setup(args: argparse.Namespace) -> Setup:
             check_shareable(model)
         except ValueError as error:
             raise CommandError(f"{error} (choose --arms without shared, shared_horizon and key_value)") from None
+    key_values = load_key_values(args.pair, model) if args.pair else None
     model.to(args.device).eval()
     needed = max(args.num_virtual_tokens, args.adversarial_tokens) + max(args.prompt_lengths) + args.new_tokens
     if needed > getattr(model.config, "max_position_embeddings", needed):
@@ -324,7 +380,7 @@ def load_setup(args: argparse.Namespace) -> Setup:
             embed(random_ids(model, length)) for length in (args.num_virtual_tokens, args.adversarial_tokens)
         )
     pair = PromptPair(safeguarding=safeguarding, adversarial=adversarial)
-    return Setup(model, pair, args.new_tokens, args.repeats, args.arms)
+    return Setup(model, pair, key_values, args.new_tokens, args.repeats, args.arms)
 
 
 def describe_environment(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
@@ -357,8 +413,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "; ".join(facts) + ".\n",
         "| batch | prompt | arm | first token, ms | ratio | decode, ms/token | ratio | call, s | ratio | cache, MiB "
-        "| peak, MiB | own code |",
-        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| peak, MiB | own code | 2 rows |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
         for arm, measured in cell["arms"].items():
@@ -372,6 +428,8 @@ def table(result: dict[str, Any]) -> str:
             peak = measured["peak_bytes"]
             columns.append("n/a" if peak is None else f"{peak / 2**20:.0f}")
             columns.append(f"{measured['own_share']:.1%}")
+            doubling = cell["twice_the_rows"]
+            columns.append(f"{doubling['median']:.2f}" if doubling else "n/a")
             lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -399,6 +457,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--num_virtual_tokens", type=positive, default=100, metavar="N", help="length of SP")
     parser.add_argument("--adversarial_tokens", type=positive, metavar="N", help="length of AP (default: as SP)")
+    parser.add_argument("--pair", help="the key-value prompts of the arm key_value: a folder or a Hub id")
     parser.add_argument("--batch_sizes", type=positive, nargs="+", default=[1, 4, 8], metavar="N")
     parser.add_argument("--prompt_lengths", type=positive, nargs="+", default=[30], metavar="N")
     parser.add_argument(
@@ -423,7 +482,15 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.num_threads)
     setup = load_setup(args)
     cells = [(batch_size, length) for batch_size in args.batch_sizes for length in args.prompt_lengths]
-    names = ("num_virtual_tokens", "adversarial_tokens", "batch_sizes", "prompt_lengths", "new_tokens", "repeats")
+    names = (
+        "pair",
+        "num_virtual_tokens",
+        "adversarial_tokens",
+        "batch_sizes",
+        "prompt_lengths",
+        "new_tokens",
+        "repeats",
+    )
     result: dict[str, Any] = {
         "environment": describe_environment(args, setup.model),
         "settings": {name: getattr(args, name) for name in names},

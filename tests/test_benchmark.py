@@ -71,6 +71,25 @@ def test_arms_make_equally_many_tokens(measured):
             assert [run["new_tokens"] for run in arm["runs"]] == [4]
 
 
+def test_every_cell_has_the_price_of_twice_the_rows(measured):
+    for cell in measured[0]["cells"]:
+        ratio = cell["twice_the_rows"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+
+
+def test_named_key_values_are_what_is_decoded(benchmark, tmp_path):
+    torch = pytest.importorskip("torch")
+    parser = benchmark.CommandParser()
+    benchmark.add_arguments(parser)
+    shape = (5, 2, 2, 2, 16)  # of the tiny Llama
+    safeguarding, adversarial = torch.randn(2, *shape)
+    benchmark.PromptPair(safeguarding, adversarial).save_pretrained(tmp_path)
+    setup = benchmark.load_setup(parser.parse_args([*TINY, "--adversarial_tokens", "6", "--pair", str(tmp_path)]))
+    [acd] = benchmark.ARMS["key_value"](setup, benchmark.random_ids(setup.model, 1, 5))["logits_processor"]
+    assert acd.pair.safeguarding.equal(safeguarding)
+    acd.detach()
+
+
 def test_times_fit_together(measured):
     result, _ = measured
     for cell in result["cells"]:
@@ -149,6 +168,8 @@ def test_negative_prompt_is_as_long_as_the_adversarial_stream(benchmark):
         (["--model_name_or_path", "./no-such-model"], "cannot make the model"),
         (["--random_llama", "tiny", "--prompt_lengths", "4096"], "4236 tokens are more than the model's 4096"),
         (["--output_file", "no-such-folder/result.json"], "no such folder: no-such-folder"),
+        ([*TINY, "--pair", "./absent"], "cannot take --pair ./absent"),
+        ([*TINY, "--pair", "smollm2-135m-instruct"], "made for hidden size 576, the model has 64"),
     ],
 )
 def test_bad_arguments_give_one_line(benchmark, monkeypatch, capsys, arguments, complaint):
