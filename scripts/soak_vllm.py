@@ -6,7 +6,7 @@ Every 20th request is a probe, of which one answer is right, the one `ACDLogitsP
 generation and SP alone answer it differently, which is checked before the start. Of the others, some are cancelled
 while they stream, and some are malformed: a strength or penalty that is not allowed, scores for the prompt, no turns.
 The run fails on a wrong probe, a malformed request that is answered, a well-formed one that is not, or a server that
-stops. It reports the memory of the server's processes after a tenth of the requests and at the end.
+stops. It reports the memory of the server's processes after a tenth and half of the requests, and at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -161,15 +162,17 @@ async def soak(args: argparse.Namespace, probe: tuple[str, str]) -> dict[str, An
 
         start = time.monotonic()
         with tqdm(total=args.requests, unit="request", file=sys.stderr) as progress:
-            warm = args.requests // 10
-            await asyncio.gather(*map(one, range(warm)))
-            early = memory(process)
-            await asyncio.gather(*map(one, range(warm, args.requests)))
+            bounds = [0, args.requests // 10, args.requests // 2, args.requests]
+            levels = []
+            for first, last in itertools.pairwise(bounds):
+                await asyncio.gather(*map(one, range(first, last)))
+                levels.append(memory(process))
         seconds = time.monotonic() - start
-        late, running = memory(process), process.poll() is None
+        running = process.poll() is None
     good = {kind: counts.pop(kind, 0) for kind in ("answered", "probe", "cancelled", "malformed")}
     faults = dict(counts) if running else {**counts, "the server stopped": 1}
-    return {"seconds": round(seconds), **good, "faults": faults, "memory_bytes": {"early": early, "end": late}}
+    memory_bytes = dict(zip(("tenth", "half", "end"), levels, strict=True))
+    return {"seconds": round(seconds), **good, "faults": faults, "memory_bytes": memory_bytes}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
