@@ -77,3 +77,20 @@ def test_keys_of_inference_mode_are_left_behind():
     layer.expect(2, 9)  # as the next call does
     layer.update(*states(1, 1))
     assert layer.get_seq_length() == 3
+
+
+def test_slots_in_between_stand_in_front_of_the_last_tokens():
+    layer, (keys, values), (more_keys, more_values) = GrowingLayer(), states(3, 5), states(1, 4)
+    layer.put_between((more_keys, more_values), 2)
+    for got, new, more in zip(layer.update(keys, values), (keys, values), (more_keys, more_values), strict=True):
+        assert torch.equal(got, torch.cat([new[:, :, :3], more.expand(3, -1, -1, -1), new[:, :, 3:]], 2))
+    assert layer.update(*states(3, 1))[0].shape[-2] == 10  # once
+
+
+def test_slots_in_between_for_other_heads():
+    layer = GrowingLayer()
+    layer.put_between(tuple(kv[:, :1] for kv in states(1, 4)), 1)
+    with pytest.raises(
+        ValueError, match="keys and values of 2 heads of size 4, the prompt pair has 1 heads of size 4"
+    ):
+        layer.update(*states(3, 5))

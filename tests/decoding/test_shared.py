@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 from transformers.utils import logging
 
 from acd_logits import ACDLogitsProcessor, PromptPair
+from acd_logits.decoding import shared
 from acd_logits.pairs.key_values import embeddings_to_key_values, key_value_sizes
 from conftest import (
     _DECODER,
@@ -38,6 +39,13 @@ def pair(build):
     return build()
 
 
+@pytest.fixture(params=[True, False], ids=["at once", "x first"])
+def _prefill(request, monkeypatch):
+    """Prompts run in one forward with what is contrasted behind them, as short ones do, or before it."""
+    if not request.param:
+        monkeypatch.setattr(shared, "_SHORT", 0)
+
+
 def generate(model, inputs, processor, **kwargs):
     options = {"max_new_tokens": NEW, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     return model.generate(**inputs, logits_processor=[processor], **{**options, **kwargs})
@@ -57,12 +65,14 @@ def both(model, pair, inputs, beta=0.0, horizon=None, alpha=ALPHA, **kwargs):
     return got
 
 
+@pytest.mark.usefixtures("_prefill")
 @pytest.mark.parametrize("name", ROTARY)
 @pytest.mark.parametrize("lengths", [(9,), (11, 7, 10), (5, 1), (1,)])
 def test_shared_is_the_masked_reference(name, lengths, pair):
     both(build_model(name), pair, build_batch(lengths))
 
 
+@pytest.mark.usefixtures("_prefill")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_either_attention(attention, pair):
     model = build_model()
@@ -70,6 +80,7 @@ def test_either_attention(attention, pair):
     both(model, pair, build_batch())
 
 
+@pytest.mark.usefixtures("_prefill")
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,11 +118,13 @@ def test_a_prompt_of_embeddings(model, pair):
     assert torch.equal(generate(model, {**inputs, "inputs_embeds": embeds}, acd).sequences, expected)
 
 
+@pytest.mark.usefixtures("_prefill")
 def test_prompts_of_any_length(model, build):
     for n_s, n_a in ((0, 4), (4, 0), (1, 9)):
         both(model, build(n_s=n_s, n_a=n_a), build_batch())
 
 
+@pytest.mark.usefixtures("_prefill")
 def test_a_second_turn_goes_on(model, pair):
     """What is shared is the first prompt; what comes later is in both streams."""
     acd = ACDLogitsProcessor(model, pair, alpha=ALPHA, beta=0.0, share_instruction_kv=True)
@@ -144,12 +157,16 @@ def test_the_prompt_runs_once_without_a_soft_prompt(model):
     sizes = []
     model.model.register_forward_hook(lambda _, __, out: sizes.append(tuple(out.last_hidden_state.shape[:2])))
     generate(model, build_batch((11, 7)), acd, max_new_tokens=3)
-    assert sizes == [(1, 7), (1, 4), (2, 10), (2, 2), (2, 2), (2, 2)]  # the soft prompts first, once for ever
+    assert sizes == [(1, 7), (1, 4), (2, 12), (2, 2), (2, 2)]  # the soft prompts first, once for ever
     sizes.clear()
     generate(model, build_batch((11, 7)), acd, max_new_tokens=1)
-    assert sizes == [(2, 10), (2, 2)]
+    assert sizes == [(2, 12)]
+    sizes.clear()
+    generate(model, build_batch((257, 7)), acd, max_new_tokens=1)
+    assert sizes == [(2, 256), (2, 2)]  # a long prompt without the mask
 
 
+@pytest.mark.usefixtures("_prefill")
 def test_hidden_states_and_attentions_are_of_what_was_contrasted(pair):
     model = build_model()
     model.set_attn_implementation("eager")
@@ -157,6 +174,28 @@ def test_hidden_states_and_attentions_are_of_what_was_contrasted(pair):
     out = generate(model, build_batch((9,)), acd, output_hidden_states=True, output_attentions=True)
     assert [states[-1].shape[1] for states in out.hidden_states] == [1] * NEW
     assert [a[-1].shape[-2:] for a in out.attentions] == [(1, 9 + i) for i in range(NEW)]
+
+
+@pytest.mark.usefixtures("_prefill")
+@pytest.mark.parametrize("length", [8, 9])
+@pytest.mark.parametrize("keeps", [1, 3, None])
+def test_however_many_logits_the_model_returns(length, keeps, pair):
+    """Those in front of what is contrasted are of no stream, and must not change which is which."""
+    model = build_model()
+    expected = generate(model, build_batch((length,)), ACDLogitsProcessor(model, pair, share_instruction_kv=True))
+    forward = model.forward
+
+    def keep_all(
+        input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **more
+    ):
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        return forward(*given, **more | {"logits_to_keep": 0})
+
+    if keeps is None:
+        model.forward = keep_all
+    acd = ACDLogitsProcessor(model, pair, share_instruction_kv=True)
+    got = generate(model, build_batch((length,)), acd, **({"logits_to_keep": keeps} if keeps else {}))
+    assert_same(got, expected)
 
 
 def test_it_differs_from_not_sharing(model):
@@ -206,7 +245,7 @@ class TestKeyValuePrompts:
         sizes = []
         model.model.register_forward_hook(lambda _, __, out: sizes.append(tuple(out.last_hidden_state.shape[:2])))
         generate(model, build_batch((11, 7)), acd, max_new_tokens=3)
-        assert sizes == [(2, 10), (2, 2), (2, 2), (2, 2)]
+        assert sizes == [(2, 12), (2, 2), (2, 2)]
 
     @pytest.mark.parametrize("name", ROTARY)
     def test_those_of_an_embedding_pair_decode_as_it_does(self, name):
@@ -215,6 +254,7 @@ class TestKeyValuePrompts:
         made = (embeddings_to_key_values(model, prompt) for prompt in (pair.safeguarding, pair.adversarial))
         assert_same(generate(model, build_batch(), ACDLogitsProcessor(model, PromptPair(*made))), expected)
 
+    @pytest.mark.usefixtures("_prefill")
     @pytest.mark.parametrize("lengths", [(11, 7, 10), (1,)])
     def test_they_take_the_dtype_of_the_models_keys(self, lengths):
         model, inputs = build_model().to(torch.bfloat16), build_batch(lengths)
@@ -275,8 +315,10 @@ class TestKeyValuePrompts:
         inputs, pair = build_batch(), build_key_value_pair(sizes=(3, 1, 8))
         model.config.num_key_value_heads = 1
         acd = ACDLogitsProcessor(model, pair)
-        with pytest.raises(ValueError, match=r"keeps keys and values of \[\(3, 2, 8\)\], .* has \[\(3, 1, 8\)\]"):
+        with pytest.raises(ValueError, match=r"keeps keys and values of 2 heads of size 8, .* has 1 heads of size 8"):
             generate(model, inputs, acd)
+        with pytest.raises(ValueError, match=r"keeps keys and values of \[\(3, 2, 8\)\], .* has \[\(3, 1, 8\)\]"):
+            generate(model, build_batch((300,)), acd)
 
     def test_the_cache_of_an_embedding_pair(self, model):
         inputs = build_batch((9,))

@@ -44,6 +44,7 @@ class GrowingLayer(DynamicLayer):
     _least = _limit = 0
     _buffers: KeyValues | None = None  # keys and values, with room behind
     _written: torch.Tensor | None = None  # the keys as this layer left them in there
+    _between: tuple[KeyValues, int] | None = None  # see `put_between`
 
     def expect(self, least: int, limit: int) -> None:
         """Make ready for a call that fills `least` slots in any case, and never more than `limit`."""
@@ -51,8 +52,22 @@ class GrowingLayer(DynamicLayer):
         if self._buffers is not None and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled():
             self._buffers = None  # nothing may be written into them any more
 
+    def put_between(self, key_values: KeyValues, tokens: int) -> None:
+        """Let the next update put these, each `[1, heads, n, head_dim]`, in front of its last `tokens` tokens."""
+        self._between = key_values, tokens
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValues:
-        """Append `[rows, heads, tokens, head_dim]` keys and values; return all."""
+        """Append `[rows, heads, tokens, head_dim]` keys and values; return all.
+
+        Raises:
+            ValueError: the cache, or what is put in between, has other sizes.
+        """
+        if self._between is not None:
+            between, tokens = self._between
+            self._between = None
+            key_states, value_states = (
+                _join(new, put, tokens) for new, put in zip((key_states, value_states), between, strict=True)
+            )
         if torch.compiler.is_compiling():  # which would compile again for every new buffer
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -113,6 +128,17 @@ class GrowingLayer(DynamicLayer):
         self.keys = self._written = buffers[0].narrow(-2, 0, length)
         self.values = buffers[1].narrow(-2, 0, length)
         return self.keys, self.values
+
+
+def _join(new: torch.Tensor, between: torch.Tensor, tokens: int) -> torch.Tensor:
+    """New keys or values, with others in front of the last `tokens`."""
+    if new.shape[1::2] != between.shape[1::2]:
+        raise ValueError(
+            f"the model keeps keys and values of {new.shape[1]} heads of size {new.shape[3]}, the prompt pair has "
+            f"{between.shape[1]} heads of size {between.shape[3]}: use a pair made for this model."
+        )
+    front, back = new.split([new.shape[-2] - tokens, tokens], dim=-2)
+    return torch.cat([front, between.to(new).expand(len(new), -1, -1, -1), back], dim=-2)
 
 
 def keep_rows(layer: Any, rows: int) -> None:

@@ -98,3 +98,24 @@ def shared_pattern(
         pattern[stream, start : start + length] = 0
         pattern[stream, first + stream :: len(lengths)] = 0
     return pattern
+
+
+def under_x(mask: torch.Tensor, x: int, visible: torch.Tensor | None) -> torch.Tensor:
+    """The same additive mask behind the rows of a causal x.
+
+    Args:
+        mask: what the queries behind x see, `[B, 1, queries, slots]`.
+        x: tokens of x, which have the first slots.
+        visible: `[B, tokens]`, 0 where x is padding, or `None`.
+
+    Returns:
+        `[B, 1, x + queries, slots]`.
+    """
+    rows, _, queries, slots = mask.shape
+    whole = mask.new_full((rows, 1, x + queries, aligned(slots)), torch.finfo(mask.dtype).min)[..., :slots]
+    whole[:, :, x:] = mask
+    seen = torch.ones(x, x, dtype=torch.bool, device=mask.device).tril()
+    if visible is not None:
+        seen = seen & (visible[:, None, None, :x] != 0)
+    whole[:, :, :x, :x].masked_fill_(seen, 0)
+    return whole

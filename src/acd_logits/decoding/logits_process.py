@@ -57,7 +57,7 @@ class ACDLogitsProcessor(ContrastProcessor):
         horizon: contrast the first `horizon` new tokens, then go on with the safeguarding stream alone at the cost
             of plain decoding; `None` contrasts all.
         share_instruction_kv: keep one copy of the prompt's keys and values for both streams (see `shared.py`), which
-            one plain prefill computes. Exact for a pair that was trained so, and an approximation for any other.
+            are those of plain generation. Exact for a pair that was trained so, and an approximation for any other.
             Default: as the pair was trained. Key-value prompts are always decoded so.
         frozen_model: your promise that nothing about the model changes while this processor is used: no weights,
             adapters, hooks, dtypes. The first call then computes the soft prompts' keys and values for all.

@@ -1,9 +1,9 @@
 """The shared forward: both streams of ACD over one copy of the instruction (the paper's appendix C).
 
 If the instruction x does not see the soft prompt in front of it, its keys and values are the same in both streams, and
-the same as in plain generation. So one plain prefill computes them, and one copy of them serves both streams. Only
-the last prompt token, which the first new token is predicted from, and the new tokens see the soft prompts. A row of
-the cache holds
+the same as in plain generation. So they are computed once, and one copy of them serves both streams. Only the last
+prompt token, which the first new token is predicted from, and the new tokens see the soft prompts. A row of the cache
+holds
 
     [ x without its last token | SP | AP | last token of S | last token of A | new token of S | new token of A | ... ]
 
@@ -11,6 +11,9 @@ and a decoding step adds two tokens to each of B rows, one per stream, where `pa
 A mask lets a token of one stream see x, its own soft prompt and its own stream's tokens. With rotary embeddings
 the order of the slots does not matter: x has the positions 0 to L - 1 that it has without a soft prompt, and the soft
 prompts of n tokens the positions -n to -1.
+
+A short x runs in one forward with its last token's two copies, under one mask: reading the weights twice would take
+longer than the rest. A long one runs by itself first, without a mask, as in plain generation.
 
 For a pair that was trained so (`--share_instruction_kv`) this is exact. With any other pair x would see the soft
 prompt, and this is an approximation. Key-value prompts are decoded in this form only: their keys and values go into
@@ -27,7 +30,7 @@ from transformers.cache_utils import DynamicCache
 from ..pairs.key_values import check_shareable
 from .attention import mark
 from .call import PairedCall
-from .layout import aligned, hide, shared_pattern
+from .layout import aligned, hide, shared_pattern, under_x
 from .paired import PairedCache
 from .streams import PairedStreams
 
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
     from ..pairs.key_values import KeyValues
+
+
+_SHORT = 256  # tokens up to which a prompt runs in one forward, and in all rows 8 times as many
 
 
 class SharedStreams(PairedStreams):
@@ -148,7 +154,7 @@ class SharedCache(PairedCache):
     # ----- the forward -----
 
     def pair(self, call: dict[str, Any], name: str) -> PairedCall:
-        """The call of both streams for a call of one; runs what is new of the shared instruction on the way."""
+        """The call of both streams for a call of one; runs what is new of a long instruction on the way."""
         if isinstance(call.get("logits_to_keep"), torch.Tensor):
             raise ValueError("share_instruction_kv takes a number as logits_to_keep.")
         key, seen, positions = self._start(call)
@@ -164,6 +170,10 @@ class SharedCache(PairedCache):
         self.contrasted = new - together
         if not self.contrasted:  # a chunk of the instruction
             return paired
+        if call.get("logits_to_keep"):
+            paired["logits_to_keep"] = call["logits_to_keep"] * len(self._lengths())
+        if self.inner is not None and not seen and not self.alone and new <= _SHORT and self.rows * new <= 8 * _SHORT:
+            return self._all_at_once(paired, key, together, self._stream_mask(visible, new, x.device))
         # Behind x, key-value prompts see what the layers' keys are like; a prompt of one token is run for that alone
         probe = int(self.streams.key_value and not seen + together)
         # The host sends or computes them first, or it would wait until the device is done with x
@@ -179,8 +189,18 @@ class SharedCache(PairedCache):
         paired["position_ids"] = self._in_turns(positions[:, together:])
         mask = self._stream_mask(visible, seen + new, x.device)
         paired["attention_mask"] = mask if mask is None else mark(mask)
-        if call.get("logits_to_keep"):
-            paired["logits_to_keep"] = call["logits_to_keep"] * len(self._lengths())
+        return paired
+
+    def _all_at_once(self, paired: PairedCall, key: str, together: int, own: torch.Tensor | None) -> PairedCall:
+        """The call of x and of both streams behind it, which see what `own` says."""
+        assert self.inner is not None and own is not None  # two streams have a mask
+        for layer, prompts in zip(self.inner.layers, self._soft_prompts(own.device), strict=True):
+            if prompts is not None:
+                layer.put_between(prompts, own.shape[2])
+        for name in (key, "position_ids"):
+            x, last = paired[name].split([together, self.contrasted], dim=1)
+            paired[name] = torch.cat([x, self._in_turns(last)], dim=1)
+        paired["attention_mask"] = mark(under_x(own, together, paired.get("attention_mask")))
         return paired
 
     def split(self, output: ModelOutput, call: PairedCall) -> ModelOutput:
@@ -188,7 +208,7 @@ class SharedCache(PairedCache):
         adversarial = None
         if self.contrasted:
             if not self.alone:
-                adversarial = output.logits[:, 1::2]
+                adversarial = output.logits[:, -2 * self.contrasted :][:, 1::2]
             for key, value in output.items():
                 output[key] = self._visible(value, call.new)
         output[call.name] = self
@@ -273,7 +293,8 @@ class SharedCache(PairedCache):
         if not isinstance(value, torch.Tensor) or value.shape[0] != self.rows or value.ndim < 3:
             return value
         copies = len(self._lengths())
+        last = copies * self.contrasted  # x may be in front
         if value.ndim == 3:
-            return value[:, ::copies]
-        value = value[:, :, ::copies]
+            return value[:, -last:][:, ::copies]
+        value = value[:, :, -last:][:, :, ::copies]
         return torch.cat([value[..., : self.shared], value[..., self._first_own() :: copies]], dim=-1)
