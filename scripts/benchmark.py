@@ -34,7 +34,7 @@ warm-up, an arm's first call. Own code is the share of the time between the firs
 this package's hooks and processor, under Python's profiler, which slows Python down: it is less without.
 
 `2 rows` is what a second row for each prompt costs the model alone: a forward pass of one token a row over a cache of
-random keys, for twice the rows over the rows, in turns. Two streams cannot decode in less, but for keys they share.
+random keys, for twice the rows over the rows, in turns. Streams that share the prompt's keys can take less.
 """
 
 from __future__ import annotations

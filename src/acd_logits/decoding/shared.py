@@ -12,8 +12,8 @@ A mask lets a token of one stream see x, its own soft prompt and its own stream'
 the order of the slots does not matter: x has the positions 0 to L - 1 that it has without a soft prompt, and the soft
 prompts of n tokens the positions -n to -1.
 
-A short x runs in one forward with its last token's two copies, under one mask: reading the weights twice would take
-longer than the rest. A long one runs by itself first, without a mask, as in plain generation.
+A short x runs in one forward with its last token's two copies, under one mask: a second forward would read all weights
+again. A long one runs by itself first, without a mask, as in plain generation.
 
 For a pair that was trained so (`--share_instruction_kv`) this is exact. With any other pair x would see the soft
 prompt, and this is an approximation. Key-value prompts are decoded in this form only: their keys and values go into
