@@ -48,6 +48,18 @@ def test_what_mirrors_each_other_comes_together():
     assert together == 8
 
 
+def test_mirrors_come_together_where_there_are_few_everyday_requests():
+    examples = [example(split, "harmful", f"m{i}", 5 + i) for split in ("D_HR", "D_HA") for i in range(12)]
+    examples += [example("D_S", "near_miss", f"m{i}", 5 + i) for i in range(12)]
+    examples += [example("D_S", "everyday", f"e{i}") for i in range(5)]
+    sampler = BalancedSampler(examples, batch_size=8, seed=0)
+    order = [examples[k] for k in sampler]
+    assert len(order) == len(sampler) == 4 * 5
+    assert {e["mirror"] for e in order if e["kind"] == "everyday"} == {f"e{i}" for i in range(5)}
+    for i in range(0, 20, 4):
+        assert len({e["mirror"] for e in order[i : i + 4] if e["kind"] != "everyday"}) == 1
+
+
 def test_an_apology_is_in_every_epoch():
     examples = uneven_examples()
     apologies = {k for k, e in enumerate(examples) if e["mirror"] in ("e4", "e17", "e29")}

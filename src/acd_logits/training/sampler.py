@@ -33,12 +33,18 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
         groups: dict[tuple[int, str], list[int]] = defaultdict(list)
         for i, example in enumerate(examples):
             groups[example["split"], example["kind"]].append(i)
-        self.groups = sorted(groups.values(), key=len)
+        ordered = sorted(groups.values(), key=len)
+        self.size = len(ordered[0])  # of every group in an epoch
+        mirrors = [{examples[i]["mirror"] for i in group} for group in ordered]
+        paired = [i for i, own in enumerate(mirrors) if any(own & other for other in mirrors if other is not own)]
+        # The first group leads, and the others are put beside it: the smallest one that has mirrors in another
+        leader = ordered.pop(paired[0] if paired else 0)
+        self.groups = [leader, *ordered]
         self.examples, self.seed, self.epoch = examples, seed, 0
         self.share = max(1, batch_size // len(self.groups))
 
     def __len__(self) -> int:
-        return len(self.groups) * len(self.groups[0])
+        return len(self.groups) * self.size
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer, also when a run goes on."""
@@ -46,11 +52,11 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         chance = random.Random(f"{self.seed} {self.epoch}")
-        smallest, *others = (chance.sample(group, len(group)) for group in self.groups)
-        for group in others:
+        leader, *others = (chance.sample(group, len(group)) for group in self.groups)
+        for group in (leader, *others):
             group.sort(key=lambda i: not self.examples[i].get("apology"))
-        smallest.sort(key=self._length)
-        rows = list(zip(smallest, *(self._beside(smallest, group) for group in others), strict=True))
+        leader = sorted(leader[: self.size], key=self._length)
+        rows = list(zip(leader, *(self._beside(leader, group) for group in others), strict=True))
         # Off by a little, so that an instruction does not meet the same ones in every epoch
         rows.sort(key=lambda row: max(map(self._length, row)) + chance.uniform(-2, 2))
         shares = [rows[i : i + self.share] for i in range(0, len(rows), self.share)]

@@ -78,11 +78,13 @@ class PromptTrainer(Trainer):
     ) -> tuple[list[Batch], torch.Tensor]:
         """Fetch the micro-batches of one step, and count each term's tokens in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        loader = self.accelerator.gradient_state
-        if batches and loader.end_of_dataloader and loader.remainder > 0:
-            # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice
-            first = max(0, loader.remainder - self.args.process_index * len(batches[-1]["labels"]))
-            batches[-1]["labels"][first:] = batches[-1]["avoided"][first:] = IGNORED
+        if batches and self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader:
+            # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice.
+            # It counts the rows of the data, of which a balanced epoch has fewer
+            of_process = self.args.train_batch_size
+            if left := len(self._get_train_sampler()) % (of_process * self.accelerator.num_processes):
+                first = max(0, left - self.args.process_index * of_process)
+                batches[-1]["labels"][first:] = batches[-1]["avoided"][first:] = IGNORED
         counts = torch.zeros(self.shape, device=device)
         for batch in batches:
             counts += self.counts(batch).sum(0).to(device)
