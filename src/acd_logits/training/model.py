@@ -238,9 +238,10 @@ def forward_behind_prefix(
     Returns:
         `[B, response_length, vocab]`.
     """
+    shared = _common_prefix(ids, mask, response_length)
+    ids, mask = ids[:, :-1], mask[:, :-1]  # nothing follows the last token of the response
     x = model.get_input_embeddings()(ids)
     pads = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-    shared = _common_prefix(ids, mask, response_length)
     prefix = x[0, pads[0, 0] : pads[0, 0] + shared]
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if soft.ndim == 5:
@@ -262,9 +263,9 @@ def forward_behind_prefix(
         position_ids=length + (mask.cumsum(-1) - 1).clamp(min=0),
         past_key_values=cache if length else None,
         use_cache=bool(length),
-        logits_to_keep=response_length + 1,
+        logits_to_keep=response_length,
     ).logits
-    return logits[:, -response_length - 1 : -1]
+    return logits[:, -response_length:]
 
 
 def _common_prefix(ids: torch.Tensor, mask: torch.Tensor, response_length: int) -> int:
@@ -288,15 +289,16 @@ def _forward_behind_instruction(
     """
     last = ids.shape[1] - response_length - 1
     lengths = mask[:, :last].sum(-1, keepdim=True)
-    parts = PartedAttention(x, prompt, lengths, mask[:, last:])
+    predicting = slice(last, -1)  # nothing follows the last token of the response
+    parts = PartedAttention(x, prompt, lengths, mask[:, predicting])
     attention.install(parts)
     try:
         logits = model(
-            input_ids=ids[:, last:],
+            input_ids=ids[:, predicting],
             attention_mask=parts.mask(model.dtype),
-            position_ids=lengths + torch.arange(response_length + 1, device=ids.device),
+            position_ids=lengths + torch.arange(response_length, device=ids.device),
             use_cache=False,
-            logits_to_keep=response_length + 1,
+            logits_to_keep=response_length,
         ).logits
     finally:
         attention.remove(parts)
@@ -305,7 +307,7 @@ def _forward_behind_instruction(
             f"a shared instruction is trained through the attention of {layers} layers, but {parts.calls} of them "
             "called it: load the model with attn_implementation='sdpa'"
         )
-    return logits[:, :-1]
+    return logits
 
 
 def _checkpoints_gradients(model: torch.nn.Module) -> bool:
