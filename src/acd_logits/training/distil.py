@@ -108,6 +108,8 @@ class DistilTrainingArguments(OPOTrainingArguments):
 
     output_dir: str = HfArg(default="distilled", help="write the adapter, and the checkpoints, into this folder")
     learning_rate: float = HfArg(default=1e-2, help="train the prompt at this rate")
+    # A balanced batch has as many harmful prompts, near misses and everyday ones
+    per_device_train_batch_size: int = HfArg(default=30, help="put this many examples into a step on each device")
 
 
 def parse_distil_arguments(values: dict[str, Any]) -> tuple[DistilArguments, DistilTrainingArguments]:
