@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_LAYERS
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 
@@ -149,7 +150,9 @@ def ask(rows: Rows, harmful: bool, number: int, seed: int) -> list[Question]:
 def make_lora(shop: Workshop) -> tuple[dict[str, Any], float]:
     """Train the adapter on refusals and on safe answers, with the paper's LoRA settings (SafeDecoding)."""
     arguments = lora_arguments(shop)
-    config = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, task_type="CAUSAL_LM")
+    # peft knows for which layers an adapter is usual in some architectures; in the others, it is for all linear ones
+    layers = None if shop.model.config.model_type in LORA_LAYERS else "all-linear"
+    config = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=layers, task_type="CAUSAL_LM")
     adapted = get_peft_model(shop.model, config)
     chat = bool(shop.tokenizer.chat_template)
     rows = [row for row in shop.train if row["split"] != "D_HA"]

@@ -264,6 +264,12 @@ class TestFailsClosed:
         with pytest.raises(ValueError, match="carries a generate of its own"):
             ACDLogitsProcessor(model, pair)
 
+    def test_a_stock_method_on_the_model_is_no_hindrance(self, model, pair):
+        """As the generate() of a peft prompt leaves it."""
+        model.prepare_inputs_for_generation = model.prepare_inputs_for_generation
+        acd = ACDLogitsProcessor(model, pair)
+        model.generate(**build_batch(), logits_processor=[acd], max_new_tokens=2)
+
 
 class TestAttachment:
     def test_detach_restores_the_model(self, model, pair):

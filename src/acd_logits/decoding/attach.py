@@ -127,7 +127,7 @@ def attach(processor: ContrastProcessor) -> None:
     with _lock:
         attachment = model.__dict__.get("_acd_attachment")
         if attachment is None:
-            if foreign := [name for name in _OVERRIDES if name in model.__dict__]:
+            if foreign := [name for name in _OVERRIDES if not _is_stock(model, name)]:
                 raise ValueError(
                     f"this model carries a {foreign[0]} of its own, which ACD cannot see through: remove it."
                 )
@@ -140,6 +140,12 @@ def attach(processor: ContrastProcessor) -> None:
         for name, function in _OVERRIDES.items():
             setattr(model, name, MethodType(function, model))
         attachment.users.add(processor)
+
+
+def _is_stock(model: PreTrainedModel, name: str) -> bool:
+    """Whether a method is the class's: peft's `generate()` leaves some of those on the model itself."""
+    method = model.__dict__.get(name)
+    return method is None or getattr(method, "__func__", None) is getattr(type(model), name)
 
 
 def detach(processor: ContrastProcessor) -> None:

@@ -125,8 +125,8 @@ def render_attack(rows: Sequence[dict[str, Any]], run: dict[str, Any]) -> str:
     arms = by_arm(rows)
     lines = ["# Adaptive attack", "", _READING, ""]
     lines += markdown_table(heading, [_line(arm, some) for arm, some in arms.items()])
-    tests = [[ARMS[arm].title, shown_test(compare(arms["acd"], arms[arm]))] for arm in arms if arm != "acd"]
-    if "acd" in arms and tests:
+    if "acd" in arms and len(arms) > 1:
+        tests = [[ARMS[arm].title, shown_test(compare(arms["acd"], arms[arm]))] for arm in arms if arm != "acd"]
         lines += [
             "",
             "On the same requests (McNemar's exact p; successes against ACD only : against the other only):",

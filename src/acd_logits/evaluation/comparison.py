@@ -19,7 +19,7 @@ from ..responses import generate_responses
 from .answers import is_correct
 from .arms import ARMS, arm_processor, arm_prompt
 from .fluency import broken_words, has_loop, repeats_itself, response_loss, word_check
-from .judges import continuation_judge
+from .judges import KeywordJudge, continuation_judge
 from .likelihood import response_loglikelihoods
 from .results import Cell, cell_of, may_begin
 
@@ -290,9 +290,10 @@ def _measure(
     is_word = word_check(tokenizer)
     # An answer that has begun, or that an attack tells how to begin, may turn around behind its first words
     judge, refuses = (judge, is_refusal) if cell == cell.direct else (continuation_judge(judge), turns_around)
-    verdicts = _judge_harmful(judge, [question.request for question in asked], responses)
+    starts = [tokenizer.decode(question.begun, skip_special_tokens=True) for question in asked]
+    verdicts = _judge_harmful(judge, [question.request for question in asked], starts, responses)
     rows: list[dict[str, Any]] = []
-    for question, response in zip(asked, responses, strict=True):
+    for question, start, response in zip(asked, starts, responses, strict=True):
         request, begun = question.request, question.begun
         prompt = arm_prompt(tokenizer, _plainly(request)) + begun
         loss, loss_tokens = response_loss(model, tokenizer, prompt, response.text)
@@ -318,14 +319,21 @@ def _measure(
         if request.answer:
             rows[-1]["correct"] = is_correct(response.text, request.answer)
         if begun:
-            rows[-1]["begun"] = tokenizer.decode(begun, skip_special_tokens=True)
+            rows[-1]["begun"] = start
         elif cell == Cell(cell.benchmark, "base") and request.label == "harmful":  # other answers may begin with it
             rows[-1]["response_ids"] = list(response.ids)
     return rows
 
 
-def _judge_harmful(judge: Judge, requests: Sequence[Request], responses: Sequence[Response]) -> Iterator[Verdict]:
-    """The verdicts on the responses to harmful requests, in their order."""
-    examples = zip(requests, responses, strict=True)
-    harmful = [(request.text, response.text) for request, response in examples if request.label == "harmful"]
-    return iter(judge.judge([request for request, _ in harmful], [response for _, response in harmful]))
+def _judge_harmful(
+    judge: Judge, requests: Sequence[Request], starts: Sequence[str], responses: Sequence[Response]
+) -> Iterator[Verdict]:
+    """The verdicts on the responses to harmful requests, in their order.
+
+    A classifier and an LLM read the whole answer, with what it began with. Keywords, and what the harm judge learned,
+    are about what follows.
+    """
+    examples = [e for e in zip(requests, starts, responses, strict=True) if e[0].label == "harmful"]
+    whole = not isinstance(judge, KeywordJudge)
+    texts = [start + response.text if whole else response.text for _, start, response in examples]
+    return iter(judge.judge([request.text for request, _, _ in examples], texts))

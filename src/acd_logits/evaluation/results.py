@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -71,6 +71,7 @@ class ResultsFolder:
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.run = self._open(settings)
+        self._finished: set[Cell] = set()
         self.rows = self._finished_rows(repair=settings is not None)
 
     def _open(self, settings: dict[str, Any] | None) -> dict[str, Any]:
@@ -103,21 +104,22 @@ class ResultsFolder:
         lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
         try:
             rows = [json.loads(line) for line in lines[:-1]]  # the last one was cut off if it is not empty
-            counts = Counter(map(cell_of, rows))
+            of_cell: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
+            for row in rows:
+                of_cell[cell_of(row)].append(row)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): choose another folder") from None
-        whole = {cell for cell, n in counts.items() if n == self._size(cell, rows)}
-        finished = [row for row in rows if cell_of(row) in whole]
+        self._finished = {cell for cell, some in of_cell.items() if len(some) == self._size(cell, of_cell)}
+        finished = [row for row in rows if cell_of(row) in self._finished]
         if repair and (lines[-1] or len(finished) < len(rows)):
             write_jsonl(file, finished)
         return finished
 
-    def _size(self, cell: Cell, rows: Sequence[dict[str, Any]]) -> int | None:
+    def _size(self, cell: Cell, of_cell: Mapping[Cell, Sequence[dict[str, Any]]]) -> int | None:
         if cell.begun_tokens:
-            base = (row for row in rows if cell_of(row) == Cell(cell.benchmark, "base"))
-            return sum(may_begin(row, cell.begun_tokens) for row in base)
+            return sum(may_begin(row, cell.begun_tokens) for row in of_cell.get(Cell(cell.benchmark, "base"), []))
         if cell.attack:
-            return sum(row["label"] == "harmful" for row in rows if cell_of(row) == cell.direct)
+            return sum(row["label"] == "harmful" for row in of_cell.get(cell.direct, []))
         return self.run["benchmarks"].get(cell.benchmark, {}).get("n")
 
     def register(
@@ -174,7 +176,7 @@ class ResultsFolder:
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether the cell's responses are in the folder."""
-        return any(cell_of(row) == cell for row in self.rows)
+        return cell in self._finished
 
     def add(self, cell: Cell, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows of a finished cell."""
@@ -184,6 +186,7 @@ class ResultsFolder:
             file.flush()
             os.fsync(file.fileno())
         self.rows.extend(complete)
+        self._finished.add(cell)
 
 
 def request_id(text: str) -> str:
@@ -199,5 +202,5 @@ def cell_of(row: dict[str, Any]) -> Cell:
 
 
 def may_begin(row: dict[str, Any], tokens: int) -> bool:
-    """Whether an answer may begin with this many tokens of a row of Base: a harmful one that is as long."""
-    return row["label"] == "harmful" and row["verdict"] == "harmful" and row["tokens"] >= tokens
+    """Whether an answer may begin with this many tokens of a row of Base: a harmful one that is longer."""
+    return row["label"] == "harmful" and row["verdict"] == "harmful" and row["tokens"] > tokens
