@@ -125,7 +125,7 @@ def test_what_a_depth_needs(tokenizer, tmp_path):
 
 def test_where_an_answer_may_begin():
     row = {"label": "harmful", "verdict": "harmful", "tokens": 5}
-    assert [may_begin(row, n) for n in (0, 5, 6)] == [True, True, False]
+    assert [may_begin(row, n) for n in (0, 4, 5, 6)] == [True, True, False, False]  # 5 would be the whole answer
     assert not any(may_begin(row | other, 1) for other in ({"verdict": "harmless"}, {"verdict": "invalid"}))
 
 
