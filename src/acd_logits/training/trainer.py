@@ -81,8 +81,9 @@ class PromptTrainer(Trainer):
         if batches and self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader:
             # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice.
             # It counts the rows of the data, of which a balanced epoch has fewer
+            order: Any = self._get_train_sampler()
             of_process = self.args.train_batch_size
-            if left := len(self._get_train_sampler()) % (of_process * self.accelerator.num_processes):
+            if left := len(order) % (of_process * self.accelerator.num_processes):
                 first = max(0, left - self.args.process_index * of_process)
                 batches[-1]["labels"][first:] = batches[-1]["avoided"][first:] = IGNORED
         counts = torch.zeros(self.shape, device=device)
