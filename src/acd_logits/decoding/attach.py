@@ -144,8 +144,7 @@ def attach(processor: ContrastProcessor) -> None:
 
 def _is_stock(model: PreTrainedModel, name: str) -> bool:
     """Whether a method is the class's: peft's `generate()` leaves some of those on the model itself."""
-    method = model.__dict__.get(name)
-    return method is None or getattr(method, "__func__", None) is getattr(type(model), name)
+    return name not in model.__dict__ or model.__dict__[name] == MethodType(getattr(type(model), name), model)
 
 
 def detach(processor: ContrastProcessor) -> None:

@@ -71,7 +71,6 @@ class ResultsFolder:
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.run = self._open(settings)
-        self._finished: set[Cell] = set()
         self.rows = self._finished_rows(repair=settings is not None)
 
     def _open(self, settings: dict[str, Any] | None) -> dict[str, Any]:
@@ -109,7 +108,7 @@ class ResultsFolder:
                 of_cell[cell_of(row)].append(row)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): choose another folder") from None
-        self._finished = {cell for cell, some in of_cell.items() if len(some) == self._size(cell, of_cell)}
+        self._finished: set[Cell] = {cell for cell, some in of_cell.items() if len(some) == self._size(cell, of_cell)}
         finished = [row for row in rows if cell_of(row) in self._finished]
         if repair and (lines[-1] or len(finished) < len(rows)):
             write_jsonl(file, finished)
