@@ -154,8 +154,10 @@ def test_a_harm_judge_at_once_and_afterwards(evaluate, fails, folder, tmp_path):
     rows = [(tmp_path / name / "results.jsonl").read_text() for name in ("results", "again", "keywords")]
     assert rows[0] == rows[1] != rows[2]
     assert (tmp_path / "again" / "report.md").read_text().split("```")[2] == report.split("```")[2]
-    again = ["--rejudge", str(tmp_path / "keywords"), *harm]
-    assert "holds results already: choose another folder for those" in fails(*again)
+    shown = evaluate("--rejudge", str(tmp_path / "keywords"), *harm, output="again")
+    assert "Finished acd" not in shown.err
+    again = ["--rejudge", str(tmp_path / "results"), *harm]
+    assert "holds what is to be judged anew: choose another folder" in fails(*again)
     evaluate("--report_only", "--draw_labels", "12", "--draw_harmful", output="again")
 
     tensors[0] = -tensors[0]

@@ -39,9 +39,9 @@ def results(tmp_path):
 
 
 def test_verdicts_are_new_and_all_else_stays(results, tmp_path):
-    check_rejudging(results, tmp_path / "new", NEW)
+    new = check_rejudging(results, tmp_path / "new", NEW)
     done = []
-    new = judge_again(results, tmp_path / "new", NEW, Half(), {"date": "now"}, done.append)
+    judge_again(results, new, Half(), {"date": "now"}, done.append)
     assert done == [BASE, Cell("xstest", "sp"), Cell("xstest", "base", attack="fiction")]
     assert not any(cell_of(row).begun_tokens for row in new.rows)
     harmful = [row for row in new.rows if row["label"] == "harmful"]
@@ -58,11 +58,42 @@ def test_verdicts_are_new_and_all_else_stays(results, tmp_path):
     assert "What the responses do" in write_report(new).read_text()
 
 
+class Tired(Half):
+    """Does not answer a second time."""
+
+    asked = 0
+
+    def judge(self, requests, responses):
+        self.asked += 1
+        if self.asked == 2:
+            raise OSError("the judge does not answer")
+        return super().judge(requests, responses)
+
+
+def test_a_judge_that_fails_loses_nothing(results, tmp_path):
+    judge_again(results, check_rejudging(results, tmp_path / "whole", NEW), Half(), {"date": "now"})
+    with pytest.raises(OSError, match="does not answer"):
+        judge_again(results, check_rejudging(results, tmp_path / "new", NEW), Tired(), {"date": "first"})
+    assert not (tmp_path / "new" / "labels.jsonl").exists()
+    done = []
+    new = check_rejudging(results, tmp_path / "new", NEW)
+    judge_again(results, new, Half(), {"date": "second"}, done.append)
+    assert done == [Cell("xstest", "sp"), Cell("xstest", "base", attack="fiction")]
+    assert [run["date"] for run in new.run["runs"][-2:]] == ["first", "second"]
+    for name in ("results.jsonl", "labels.jsonl"):
+        assert (tmp_path / "new" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
 def test_what_cannot_be_judged_anew(results, tmp_path):
-    with pytest.raises(ValueError, match="holds results already: choose another folder"):
+    with pytest.raises(ValueError, match="holds what is to be judged anew: choose another folder"):
         check_rejudging(results, results.path, NEW)
+    judge_again(results, check_rejudging(results, tmp_path / "new", NEW), Half(), {})
+    for row in results.rows:
+        row["response"] += " And more."
+    with pytest.raises(ValueError, match="holds verdicts on other responses than"):
+        check_rejudging(results, tmp_path / "new", NEW)
     copy = publish(results, tmp_path / "copy")
     with pytest.raises(ValueError, match="holds responses without their texts"):
-        check_rejudging(copy, tmp_path / "new", NEW)
+        check_rejudging(copy, tmp_path / "none", NEW)
     with pytest.raises(ValueError, match="holds no finished cell yet"):
-        check_rejudging(build_results(tmp_path / "empty", {}), tmp_path / "new", NEW)
+        check_rejudging(build_results(tmp_path / "empty", {}), tmp_path / "none", NEW)

@@ -381,7 +381,7 @@ def _judge_again(args: argparse.Namespace) -> ResultsFolder:
         if harm and harm.model != model_name:
             raise ValueError(f"{args.rejudge} holds responses of {model_name}, and the harm judge reads {harm.model}")
         settings = old.run["settings"] | _judge_settings(args, harm)
-        check_rejudging(old, args.output_dir, settings)
+        new = check_rejudging(old, args.output_dir, settings)
         make_judge = _find_judge(args, harm)
     model, tokenizer = load_model(args) if harm else (None, None)
     with user_errors(OSError, ValueError):
@@ -389,7 +389,8 @@ def _judge_again(args: argparse.Namespace) -> ResultsFolder:
         facts = run_facts(_command_line(), str(model.device) if model else "cpu")
         last = old.run["runs"][-1]
         facts |= {name: last[name] for name in ("strength",) if name in last}
-        return judge_again(old, args.output_dir, settings, judge, facts, on_cell=_note_cell)
+        judge_again(old, new, judge, facts, on_cell=_note_cell)
+    return new
 
 
 def _note_cell(cell: Cell) -> None:

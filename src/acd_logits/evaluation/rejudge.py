@@ -9,7 +9,7 @@ from ..files import write_jsonl
 from ..refusal import is_refusal, turns_around
 from .judges import continuation_judge
 from .labels import read_labels
-from .results import ROWS_NAME, RUN_NAME, ResultsFolder, cell_of
+from .results import ResultsFolder, cell_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,66 +18,85 @@ if TYPE_CHECKING:
     from .judges import Judge
     from .results import Cell
 
+_ASKED = ("id", "response")  # what a row and the row that it was judged from share
 
-def check_rejudging(old: ResultsFolder, path: Path, settings: dict[str, Any]) -> None:
+
+def check_rejudging(old: ResultsFolder, path: Path, settings: dict[str, Any]) -> ResultsFolder:
     """Check, before any work is done, that results can be judged anew.
 
     Args:
         old: the results.
-        path: the folder of the new ones.
+        path: the folder of the new ones: a new one, or one that this judge has begun to fill.
         settings: of the new ones.
 
+    Returns:
+        The new results, as far as they are there.
+
     Raises:
-        ValueError: the path holds something already, or the results are none or have no texts.
+        OSError: the folder cannot be read.
+        ValueError: it holds something else, or the results are none or have no texts.
     """
     if not old.rows:
         raise ValueError(f"{old.path} holds no finished cell yet")
-    if (path / RUN_NAME).exists():
-        raise ValueError(f"{path} holds results already: choose another folder for those that are judged anew")
-    ResultsFolder(path, settings)
+    if path.resolve() == old.path.resolve():
+        raise ValueError(f"{path} holds what is to be judged anew: choose another folder for the new verdicts")
     if any(row["label"] == "harmful" and "response" not in row for row in old.rows):
         raise ValueError(f"{old.path} holds responses without their texts: name the folder of the run itself")
+    new, cells = ResultsFolder(path, settings), _lines_of_cells(old)
+    for cell, lines in _lines_of_cells(new).items():
+        if [_asked(new.rows[i]) for i in lines] != [_asked(old.rows[i]) for i in cells.get(cell, [])]:
+            raise ValueError(f"{path} holds verdicts on other responses than {old.path}: choose another folder")
+    return new
 
 
 def judge_again(
     old: ResultsFolder,
-    path: Path,
-    settings: dict[str, Any],
+    new: ResultsFolder,
     judge: Judge,
     facts: dict[str, Any],
     on_cell: Callable[[Cell], None] = lambda _: None,
-) -> ResultsFolder:
-    """Write results with the verdicts of another judge into a new folder, with their labels by hand.
+) -> None:
+    """Write results with the verdicts of another judge, with their labels by hand.
 
     Answers that have begun are left out, since the verdicts decide which answers they are.
 
     Args:
-        old: the results, of [`check_rejudging`].
-        path: the new folder.
-        settings: of the new results.
+        old: the results.
+        new: those with the new verdicts, of [`check_rejudging`]. What is in them stays.
         judge: gives the verdicts.
         facts: date, command and versions of this run.
         on_cell: is told each cell that is judged.
 
     Raises:
-        OSError: the judge does not answer, or the folder cannot be written. Nothing is written then.
+        OSError: the judge does not answer, or the folder cannot be written. Finished cells are in it.
     """
+    earlier = new.run["runs"] or old.run["runs"]
+    new.run = {**old.run, "settings": new.run["settings"], "runs": [*earlier, facts]}
+    new.write_run()
+    cells = _lines_of_cells(old)
+    for cell, lines in cells.items():
+        if not new.is_finished(cell):
+            new.add(cell, _judge_cell(cell, [old.rows[line] for line in lines], judge))
+            on_cell(cell)
+    order = [line for cell in _lines_of_cells(new) for line in cells[cell]]
+    places = {line: place for place, line in enumerate(order)}
+    for file in old.path.glob("labels*.jsonl"):
+        if not (new.path / file.name).exists():
+            labels = ({**label, "line": places[label["line"]]} for label in read_labels(file))
+            write_jsonl(new.path / file.name, labels)
+
+
+def _lines_of_cells(results: ResultsFolder) -> dict[Cell, list[int]]:
+    """The lines of each cell in which no answer has begun."""
     cells: dict[Cell, list[int]] = defaultdict(list)
-    for line, row in enumerate(old.rows):
+    for line, row in enumerate(results.rows):
         if not cell_of(row).begun_tokens:
             cells[cell_of(row)].append(line)
-    judged: dict[int, dict[str, Any]] = {}
-    for cell, lines in cells.items():
-        judged |= zip(lines, _judge_cell(cell, [old.rows[line] for line in lines], judge), strict=True)
-        on_cell(cell)
-    places = {line: place for place, line in enumerate(sorted(judged))}
-    new = ResultsFolder(path, settings)
-    new.run = {**old.run, "settings": settings, "runs": [*old.run["runs"], facts]}
-    new.write_run()
-    write_jsonl(path / ROWS_NAME, (judged[line] for line in places))
-    for file in old.path.glob("labels*.jsonl"):
-        write_jsonl(path / file.name, ({**label, "line": places[label["line"]]} for label in read_labels(file)))
-    return ResultsFolder(path)
+    return dict(cells)
+
+
+def _asked(row: dict[str, Any]) -> list[Any]:
+    return [row.get(name) for name in _ASKED]
 
 
 def _judge_cell(cell: Cell, rows: list[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
