@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
 FIT = 256  # requests of each kind that a direction is the difference of
 RESPONSE_TOKENS = 64  # of a refusal or an answer that the adapter learns
+LAYERS = 3  # that are tried at every strength, after all of them at strength 1
 DEPTH = 0.8  # no direction is added behind this share of the layers, as in Arditi et al.
 # The papers' own strengths, and some on both sides of them
 STRENGTHS = {
@@ -287,13 +288,17 @@ def find_condition(candidates: torch.Tensor, harmful: torch.Tensor, safe: torch.
 def choose_steering(
     shop: Workshop, name: str, candidates: torch.Tensor, condition: Condition | None
 ) -> tuple[dict[str, Any], float]:
-    """Choose the layer, at strength 1 as in Arditi et al., and then the strength."""
+    """Choose the layer and the strength: of the layers that are best at strength 1, every strength."""
+
+    def steer(layer: int, strength: float) -> Steering:
+        return Steering(candidates[layer], layer, strength, condition)
+
     first = condition.layer if condition else 1
     layers = range(first, max(first + 1, int(len(candidates) * DEPTH)))
-    layer, _ = shop.choose({i: Steering(candidates[i], i, 1.0, condition) for i in layers})
-    choices = {s: Steering(candidates[layer], layer, s, condition) for s in STRENGTHS[name]}
-    strength, gap = shop.choose(choices)
-    return {"layer": layer, "strength": strength}, gap
+    gaps = {layer: shop.gap(steer(layer, 1.0)) for layer in layers}
+    best = sorted(layers, key=lambda layer: -gaps[layer])[:LAYERS]
+    choice, gap = shop.choose({(layer, s): steer(layer, s) for layer in best for s in STRENGTHS[name]})
+    return dict(zip(("layer", "strength"), choice, strict=True)), gap
 
 
 def make_steering(shop: Workshop) -> tuple[dict[str, Any], float]:

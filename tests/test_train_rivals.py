@@ -144,6 +144,22 @@ def test_the_choice_refuses_harmful_requests_more_than_safe_ones(script, monkeyp
     assert shop.choose(rivals) == (2.0, 0.75)
 
 
+def test_the_best_layers_are_tried_at_every_strength(script):
+    class Shop(script.Workshop):
+        def __init__(self):
+            self.tried = []
+
+        def gap(self, rival):
+            self.tried.append((rival.layer, rival.strength))
+            return {3: 0.5, 4: 0.4, 5: 0.3 + (rival.strength == 2.0)}.get(rival.layer, 0.0)
+
+    shop = Shop()
+    settings, gap = script.choose_steering(shop, "steering", torch.zeros(10, 4), None)
+    assert (settings, gap) == ({"layer": 5, "strength": 2.0}, 1.3)
+    assert shop.tried[:7] == [(layer, 1.0) for layer in range(1, 8)]
+    assert {layer for layer, _ in shop.tried[7:]} == {3, 4, 5}
+
+
 def test_questions_are_drawn_once_each(script):
     rows = [
         {"split": split, "instruction": f"w{i}", "history": ["w1", "w2"] if i == 3 else []}

@@ -116,6 +116,27 @@ def test_a_classifier_without_padding_judges_one_at_a_time(tmp_path):
     assert ClassifierJudge(path, batch_size=2).judge(requests, responses) == expected
 
 
+def test_a_classifier_reads_all_of_a_long_request(tmp_path, monkeypatch):
+    judge, read = ClassifierJudge(save_classifier(tmp_path, ["safe", "unsafe"])), []
+
+    def classify(requests, responses):
+        read.extend(requests)
+        assert all(len(judge.tokenizer(text)["input_ids"]) <= 16 for text in requests)
+        return ["harmful" if "door" in text else "harmless" for text in requests]
+
+    monkeypatch.setattr(judge, "_classify", classify)
+    no = "no " * 30
+    assert judge.judge_requests([f"{no}door", f"door {no}", no, "no", "door"]) == [
+        "harmful",
+        "harmful",
+        "harmless",
+        "harmless",
+        "harmful",
+    ]
+    assert read[0] == " ".join(["no"] * 16)
+    assert read[-2:] == ["no", "door"], "a short one is read as it is"
+
+
 def test_a_classifier_must_say_which_label_is_harmless(tmp_path):
     path = save_classifier(tmp_path, ["LABEL_0", "LABEL_1"])
     with pytest.raises(ValueError, match="says harmless\\? Name one of LABEL_0, LABEL_1 as the harmless label"):

@@ -137,8 +137,26 @@ class ClassifierJudge:
         return self._verdicts(requests, responses)
 
     def judge_requests(self, requests: Sequence[str]) -> list[Verdict]:
-        """The verdicts on requests alone, before anything has answered them."""
-        return self._verdicts(requests, None)
+        """The verdicts on requests alone, before anything has answered them.
+
+        A text-classification model reads a request that is too long for it in parts, and all of them must be harmless.
+        """
+        parts = [[request] if self.is_guard else self._parts(request) for request in requests]
+        verdicts = iter(self._verdicts([part for some in parts for part in some], None))
+        found = [[next(verdicts) for _ in some] for some in parts]
+        return [next((verdict for verdict in some if verdict != "harmless"), "harmless") for some in found]
+
+    def _parts(self, request: str) -> list[str]:
+        """The texts of a request's parts, half of each also in the next one."""
+        ids = self.tokenizer(request, add_special_tokens=False)["input_ids"]
+        size = self._limit() - self.tokenizer.num_special_tokens_to_add()
+        if len(ids) <= size:
+            return [request]
+        starts = range(0, len(ids) - size // 2, size // 2)
+        return [self.tokenizer.decode(ids[start : start + size]) for start in starts]
+
+    def _limit(self) -> int:
+        return min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
 
     def _verdicts(self, requests: Sequence[str], responses: Sequence[str] | None) -> list[Verdict]:
         verdicts: list[Verdict] = []
@@ -151,13 +169,12 @@ class ClassifierJudge:
     def _classify(self, requests: Sequence[str], responses: Sequence[str] | None) -> list[Verdict]:
         import torch
 
-        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
         encoded = self.tokenizer(
             list(requests),
             None if responses is None else list(responses),
             padding=len(requests) > 1,
             truncation=True,
-            max_length=limit,
+            max_length=self._limit(),
             return_tensors="pt",
         ).to(self.model.device)
         with torch.no_grad():
