@@ -6,6 +6,7 @@ import pytest
 
 from acd_logits import responses
 from acd_logits.evaluation.arms import ARMS, arm_processor
+from acd_logits.evaluation.attacks import Attack
 from acd_logits.evaluation.benchmarks import Benchmark, Request
 from acd_logits.evaluation.comparison import Decoding, plan_cells, run_comparison
 from acd_logits.evaluation.fluency import response_loss
@@ -126,3 +127,22 @@ def test_a_request_that_is_too_long(tokenizer, tmp_path):
     model, prompt = build_model(), [5] * 250
     with pytest.raises(ValueError, match=r"the longest prompt and its response take 260 tokens, .+ has 256"):
         generate_responses(model, tokenizer, [prompt], max_new_tokens=10)
+
+
+def test_a_request_that_is_too_long_is_found_before_any_answer(tokenizer, tmp_path):
+    long = Attack("Long", (lambda request: [{"role": "user", "content": " ".join([request, *["w5"] * 250])}],))
+    results = ResultsFolder(tmp_path, {"model": "tiny"})
+    results.register([MIXED], {"long": long})
+    cells = [Cell("mixed", "base"), Cell("mixed", "base", attack="long")]
+    with pytest.raises(ValueError, match=r"mixed under the attack long: the longest prompt .+ Leave it out, or lower"):
+        run_comparison(
+            build_model(),
+            tokenizer,
+            results,
+            [MIXED],
+            cells,
+            LengthJudge(),
+            decoding=Decoding(max_new_tokens=6),
+            attacks={"long": long},
+        )
+    assert not results.rows

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..refusal import is_refusal, turns_around
-from ..responses import generate_responses
+from ..responses import check_context, generate_responses
 from .answers import is_correct
 from .arms import ARMS, arm_processor, arm_prompt
 from .fluency import broken_words, has_loop, repeats_itself, response_loss, word_check
@@ -173,7 +173,7 @@ def run_comparison(
 
     Raises:
         OSError: the folder cannot be written, or the judge does not answer. Finished cells are in the folder.
-        ValueError: a request does not fit into the model's context.
+        ValueError: a request does not fit into the model's context; found before the first cell runs.
     """
     from transformers.utils import logging
 
@@ -181,6 +181,9 @@ def run_comparison(
     missing = [cell for cell in cells if not results.is_finished(cell)]
     sizes = {name: len(benchmark.requests) for name, benchmark in named.items()}
     total, left = (sum(sizes[cell.benchmark] for cell in some) for some in (cells, missing))
+    for cell in missing:
+        asked = _asked(results, named[cell.benchmark], replace(cell, begun_tokens=0), attacks)
+        _check_lengths(model, tokenizer, cell, asked, decoding, pair)
     with logging.tqdm(desc="Evaluating", total=total, initial=total - left, unit="response") as progress:
         for cell in missing:
             arm, rival = ARMS[cell.arm], rivals.get(cell.arm)
@@ -241,6 +244,30 @@ def _asked(results: ResultsFolder, benchmark: Benchmark, cell: Cell, attacks: Ma
         for question, row in zip(plain, base, strict=True)
         if may_begin(row, cell.begun_tokens)
     ]
+
+
+def _check_lengths(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cell: Cell,
+    asked: Sequence[_Question],
+    decoding: Decoding,
+    pair: PromptPair | None,
+) -> None:
+    """Check that the questions of a cell and their answers fit into the model's context.
+
+    Raises:
+        ValueError: one does not.
+    """
+    arm = ARMS[cell.arm]
+    soft = max(len(pair.safeguarding), len(pair.adversarial)) if pair and arm.needs_pair else 0
+    written = [arm_prompt(tokenizer, q.messages, arm.transform) for q in asked if not q.request.choices]
+    longest = max(map(len, written), default=0)
+    try:
+        check_context(model, soft + longest + cell.begun_tokens + decoding.max_new_tokens)
+    except ValueError as error:
+        under = f" under the attack {cell.attack}" if cell.attack else ""
+        raise ValueError(f"{cell.benchmark}{under}: {error}. Leave it out, or lower --max_new_tokens") from None
 
 
 def _plainly(request: Request) -> Messages:
