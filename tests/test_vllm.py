@@ -252,6 +252,26 @@ def test_chunked_prefill_prefix_cache_and_preemption(tiny, name, kind):
             assert preemptions(llm) > before
 
 
+@pytest.mark.parametrize("kind", [EMBEDDING, KEY_VALUE])
+def test_a_prefix_that_another_request_fills_in_the_same_step(tiny, kind):
+    """The scheduler hands a block on before it is written, and here it ends within the placeholders."""
+    model = tiny(kind=kind)
+    ids = prompts(1, longest=3)[0] * 50
+    same = [ids[:30]] * 3 + [ids[: 64 - N // 2 + 1]] * 2
+    with engine(model.folder, enable_prefix_caching=True, block_size=32) as llm:
+        assert any(output.num_cached_tokens for output in assert_matches(llm, model, same))
+
+
+def test_what_stands_in_front_of_a_step():
+    """A fills slots 0 to 3, B follows on them and C on B in the same step; D begins, E goes on from an earlier one."""
+    from acd_logits.vllm.key_value import _before_the_step
+
+    request, slots = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 3, 8, 9, 12, 20, 78])
+    own = torch.tensor([0, 1, 2, 2, 1, 1, 0, 1, 0])
+    in_front, stored = torch.tensor([-1, 3, 9, -1, 77]), torch.tensor([0, 99, 99, 0, 5])
+    assert _before_the_step(stored, in_front, slots, request, own).tolist() == [0, 2, 3, 0, 5]
+
+
 def preemptions(llm):
     """How often the engine took a request's blocks away so far."""
     return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")

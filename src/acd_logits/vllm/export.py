@@ -18,7 +18,7 @@ from ..pairs.key_values import check_shareable, embeddings_to_key_values, prompt
 from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 from ..ranges import check_alpha, check_beta
-from .exported import PREFIX, TENSORS, TENSORS_NAME, ExportedPair
+from .exported import MOST_ALPHA, PREFIX, TENSORS, TENSORS_NAME, ExportedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def export(
         config["acd"] = dataclasses.asdict(
             ExportedPair(
                 prompt_type=prompt_type,
-                alpha=float(check_alpha(pair.alpha if alpha is None else alpha)),
+                alpha=_strength(pair.alpha if alpha is None else alpha),
                 beta=check_beta(pair.beta if beta is None else beta),
                 num_virtual_tokens=n,
                 hidden_size=model.get_input_embeddings().embedding_dim,
@@ -101,6 +101,13 @@ def export(
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _strength(alpha: float) -> float:
+    strength = float(check_alpha(alpha))
+    if strength > MOST_ALPHA:
+        raise ValueError(f"alpha is {strength:g}, and vLLM is served up to {MOST_ALPHA}: choose a smaller one")
+    return strength
 
 
 # ----- the base model -----

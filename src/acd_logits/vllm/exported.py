@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PREFIX = "ACD"
 FORMAT_VERSION = 2
+MOST_ALPHA = 100  # far behind any use, and where what is not plausible still lies below all that is
 
 TENSORS_NAME = "acd.safetensors"
 TENSOR_PREFIX = "acd."

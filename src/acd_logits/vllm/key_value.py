@@ -21,7 +21,8 @@ rows: all N tokens, twice.
 On which side of the placeholders a token lies, a step cannot tell from its ids and positions: chunks of a prompt, and
 decoding, begin anywhere. So each slot of the KV cache has a number beside it: how many placeholders there are up to
 its token. A step starts from the number of the slot in front of its first token. Like the keys, the numbers follow
-from the tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests.
+from the tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests. It hands on a
+block in the very step that fills it, too: then the number comes from the step itself.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Step:
         learned: `[N]`, the learned key that a placeholder stands for, and -1 for other tokens; `None`: there is none.
         contrasted: `[N]`, whether a token lies behind the placeholders; `None`: all do.
         rows: the tokens that have an S row, and those that have an A row; `None`: all have both.
+        placeholders: where not all tokens have both rows, the placeholders and the learned keys that they stand for.
         metadata: what the twins' attention goes by, where it is for fewer than N queries.
     """
 
@@ -63,6 +65,7 @@ class Step:
     learned: torch.Tensor | None = None
     contrasted: torch.Tensor | None = None
     rows: tuple[torch.Tensor, torch.Tensor] | None = None
+    placeholders: tuple[torch.Tensor, ...] = ()
     metadata: Any = None
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,16 +88,35 @@ class PairedImpl:
     streams: KeyValueStreams
     index: int  # of the layer
 
+    def fused_rope_kvcache_supported(self) -> bool:
+        """No fusion may write keys past `do_kv_cache_update`."""
+        return False
+
+    fused_qk_norm_rope_kvcache_supported = fused_qk_norm_mrope_kvcache_supported = fused_rope_kvcache_supported
+
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Write the step's keys and values, `[rows, kv_heads, head_size]`, and the learned ones."""
-        streams: tuple[Any, ...] = tuple(zip(*map(self.streams.step.of_tokens, (key, value)), strict=True))
-        for stream, pair in enumerate(streams):
-            owner = layer.adversarial if stream else layer
-            cache = owner.kv_cache if stream else kv_cache
-            update = owner.impl.do_kv_cache_update if stream else super().do_kv_cache_update  # type: ignore[misc]
-            update(owner, *self.streams.with_learned(stream, self.index, pair), cache, slot_mapping)
+        step, twin = self.streams.step, layer.adversarial
+        safe, adversarial = zip(*map(step.split, (key, value)), strict=True)
+        updates = (
+            functools.partial(super().do_kv_cache_update, layer, kv_cache=kv_cache),  # type: ignore[misc]
+            functools.partial(twin.impl.do_kv_cache_update, twin, kv_cache=twin.kv_cache),
+        )
+        for stream, (update, own) in enumerate(zip(updates, (safe, adversarial), strict=True)):
+            if step.rows is None:
+                update(*self.streams.with_learned(stream, self.index, own), slot_mapping=slot_mapping)
+                continue
+            # x's are S's in both caches; A has its own behind the placeholders, and both the learned ones in these
+            update(*safe, slot_mapping=slot_mapping[step.rows[0]])
+            if stream and len(adversarial[0]):
+                update(*adversarial, slot_mapping=slot_mapping[step.rows[1]])
+            placeholders, which = step.placeholders
+            if len(placeholders):
+                learned = self.streams.prompts[stream, which, self.index].to(key)
+                keys, values = (part.contiguous() for part in learned.unbind(1))
+                update(keys, values, slot_mapping=slot_mapping[placeholders])
 
     def forward(
         self,
@@ -245,8 +267,8 @@ class KeyValueStreams(torch.nn.Module):
             return Step(len(ids)), positions
         builder, batch = context.attn_metadata[self._twin[0].layer_name].built_from
         placeholder = ids == self.placeholder
-        request, count = self._count(placeholder, positions, builder.kv_cache_spec.block_size, batch)
         slots = context.slot_mapping[self._twin[0].layer_name][: len(ids)]
+        request, count = self._count(placeholder, positions, slots, builder.kv_cache_spec.block_size, batch)
         self.slots[slots] = count  # type: ignore[index]  # padding has slot -1, which is kept for it
         contrasted = ~placeholder & (count >= self.length)
         positions = (positions - count).clamp(min=0)
@@ -255,16 +277,19 @@ class KeyValueStreams(torch.nn.Module):
         in_graph = capturing or context.cudagraph_runtime_mode != CUDAGraphMode.NONE
         if not in_graph and bool(contrasted.all()):
             return Step(len(ids)), positions
-        step = Step(len(ids), torch.where(placeholder, (count - 1).clamp(max=self.length - 1), -1), contrasted)
+        which = (count - 1).clamp(max=self.length - 1)
+        step = Step(len(ids), torch.where(placeholder, which, -1), contrasted)
         if not in_graph:
             safe = ~placeholder
             safe[:1] |= placeholder.all()  # the model wants a row
             step.rows = safe.nonzero()[:, 0], contrasted.nonzero()[:, 0]
+            found = placeholder.nonzero()[:, 0]
+            step.placeholders = found, which[found]
             step.metadata = self._fewer_queries(builder, batch, request, contrasted)
         return step, positions
 
     def _count(
-        self, placeholder: torch.Tensor, positions: torch.Tensor, block_size: int, batch: Any
+        self, placeholder: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, block_size: int, batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The request of each token, `[N]`, and how many placeholders there are up to it, `[N]`."""
         if self.slots is None or len(self.slots) != _num_slots(self._twin[0]) + 1:
@@ -277,10 +302,11 @@ class KeyValueStreams(torch.nn.Module):
         block = batch.block_table_tensor[
             torch.arange(len(before), device=before.device), before.clamp(min=0) // block_size
         ]
-        slot = block.long() * block_size + before % block_size
+        slot = torch.where(before < 0, -1, block.long() * block_size + before % block_size)
         total = placeholder.cumsum(0)
-        # Up to the step, and of the step's requests in front
-        earlier = torch.where(before < 0, 0, self.slots[slot]) - (total[first] - placeholder[first].long())
+        in_front = total[first] - placeholder[first].long()  # of the step's other requests
+        stored = torch.where(slot < 0, 0, self.slots[slot])
+        earlier = _before_the_step(stored, slot, slots, request, total - in_front[request]) - in_front
         return request, total + earlier[request]
 
     def _fewer_queries(self, builder: Any, batch: Any, request: torch.Tensor, contrasted: torch.Tensor) -> Any:
@@ -356,6 +382,31 @@ class KeyValueStreams(torch.nn.Module):
                     "helps."
                 )
         self.seen = ()
+
+
+def _before_the_step(
+    stored: torch.Tensor, slot: torch.Tensor, slots: torch.Tensor, request: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """How many placeholders each request has in front of its first token of the step, `[requests]`.
+
+    Where that token follows on a block that another request fills in this step, that is what the other one has up to
+    there: before the step, and of its own in it. The other one may follow on a third in the same way.
+
+    Args:
+        stored: `[requests]`, the number beside the slot in front, which is right where no other request fills it.
+        slot: `[requests]`, that slot; below 0 for requests that begin in this step.
+        slots: `[N]`, the slots that the step fills.
+        request: `[N]`, whose they are.
+        own: `[N]`, placeholders of that request in the step, up to each token.
+    """
+    same = (slot[:, None] == slots) & (slot >= 0)[:, None]
+    filled, token = same.any(1), same.int().argmax(1)
+    root = len(stored)
+    count = torch.nn.functional.pad(torch.where(filled, own[token], stored), (0, 1))
+    leader = torch.nn.functional.pad(torch.where(filled, request[token], root), (0, 1), value=root)
+    for _ in range(root.bit_length()):  # each round doubles how far is looked; no number is read, for CUDA graphs
+        count, leader = count + count[leader], leader[leader]
+    return count[:root]
 
 
 def _num_slots(layer: Any) -> int:

@@ -12,10 +12,9 @@ ones). An error there is the request's own: its client gets `finish_reason: "err
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
-from .exported import ExportedPair
+from .exported import MOST_ALPHA, ExportedPair
 
 ALPHA_ARGUMENT = "acd_alpha"
 PROCESSOR = "acd_logits.vllm:RequestAlpha"
@@ -171,11 +170,11 @@ def _second_runner_fault(params: Any) -> str | None:
 
 
 def alpha_fault(alpha: Any) -> str | None:
-    """What is wrong with a strength, if anything: it must be a finite number of at least 0."""
+    """What is wrong with a strength, if anything: it must be from 0 to `MOST_ALPHA`."""
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if number and math.isfinite(alpha) and alpha >= 0:
+    if number and 0 <= alpha <= MOST_ALPHA:
         return None
-    return f"{ALPHA_ARGUMENT} must be a finite number of at least 0, not {alpha!r}"
+    return f"{ALPHA_ARGUMENT} must be a number from 0 to {MOST_ALPHA}, not {alpha!r}"
 
 
 def takes_request_alpha(model_config: Any) -> bool:
