@@ -158,6 +158,7 @@ FAMILIES = {
 # What a family also comes as
 VARIANTS = {
     "falcon": {"ALiBi": {"alibi": True}},
+    "falcon_h1": {"as released, with a multiplier of embeddings": {"embedding_multiplier": 5.5}},
     "gemma4_text": {"embeddings per layer (E2B, E4B)": {"hidden_size_per_layer_input": 8}},
     "minimax_m3_vl_text": {"no sparse layers": _layers("full_attention")},
     "mistral": {"no sliding window": {"sliding_window": None}},
@@ -220,7 +221,8 @@ def _arguments(config_class, own):
         part = CONFIG_MAPPING[given["model_type"]] if "model_type" in given else part
         if part.__name__ != "AutoConfig":
             arguments[field] = _arguments(part, given)
-    return {field: value for field, value in arguments.items() if value is not None}
+    # None leaves a field out, save where it says that there is no window
+    return {field: value for field, value in arguments.items() if value is not None or field == "sliding_window"}
 
 
 # ----- what ACD does on them -----
@@ -235,6 +237,7 @@ REFUSALS = {
     "embeds tokens once per layer": "embeds tokens once per layer",
     "routes by token ids": "chooses experts by token ids",
     "takes no embeddings": "takes no inputs_embeds",
+    "scales the embeddings of tokens alone": "scales the embeddings of its tokens",
 }
 
 # Every family that is not exact
@@ -248,6 +251,7 @@ KNOWN = {
     "gemma4_text: embeddings per layer (E2B, E4B)": "refused: embeds tokens once per layer",
     "deepseek_v4": "refused: routes by token ids",
     "cpmant": "refused: takes no embeddings",
+    "falcon_h1: as released, with a multiplier of embeddings": "refused: scales the embeddings of tokens alone",
 }
 
 # Families of which no tiny model can be built, and why
@@ -400,7 +404,9 @@ batch of three prompts, and with a shorter one on a single prompt.
 - **not tested**: no tiny model can be built.
 
 The last column says whether `share_instruction_kv=True` runs. It needs rotary embeddings, and full attention in every
-layer. It is exact where it runs: the reference hides the soft prompts from the prompt.
+layer. It is exact where it runs: the reference hides the soft prompts from the prompt. Key-value pairs, the default of
+`acd-logits train`, run where this column says yes, with two exceptions: models with compressed keys (`kv_lora_rank` in
+`config.json`, as in DeepSeek V3) and `mllama`. Other models that are not refused take `--prompt_type embedding`.
 
 A name with a colon is a variant of the family above it. All of this is about text: pictures and sounds are refused in
 every family.

@@ -125,8 +125,17 @@ class TestNothingIsPlain:
         acd = ACDLogitsProcessor(model, pair)
         with pytest.raises(ValueError, match="continuous batching"):
             model.generate_batch([[3, 4, 5]])
+        with pytest.raises(ValueError, match="continuous batching"):
+            model.init_continuous_batching()
         del acd
         assert model.generate_batch([[3, 4, 5]]) == [[3, 4, 5]]
+
+    def test_processes_that_keep_step(self, model, acd, monkeypatch):
+        """One that has finished runs on, and is asked for no token."""
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+        with pytest.raises(ValueError, match=r"several processes share the weights .* Load the whole model"):
+            model.generate(**build_batch(), logits_processor=[acd], synced_gpus=True)
 
     def test_paged_by_a_generate_of_the_models_class(self, pair):
         model = build_model()

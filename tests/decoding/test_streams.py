@@ -7,6 +7,8 @@ import tempfile
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from transformers import (
@@ -297,7 +299,8 @@ def test_a_model_that_does_not_handle_left_padding(name):
     try:
         check_reference(model, build_pair(5, 5), batch)
     except RuntimeError as error:
-        assert "keeps its state elsewhere" in str(error)
+        if Version(transformers.__version__) >= Version("5.23") or "keeps its state elsewhere" not in str(error):
+            raise
         pytest.skip("older transformers keep this state in the modules")
     training = model.train().training
     before = set(model.__dict__)

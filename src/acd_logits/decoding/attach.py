@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .call import CACHE_NAMES, PairedCall
 from .hooks import check_hooks
@@ -235,10 +237,30 @@ def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: 
     calls = _calls(args[2] if len(args) > 2 else kwargs.get("logits_processor"))
     if calls and kwargs.get("cache_implementation") == "paged":
         _refuse_continuous_batching()
+    if calls and _keeps_step(self, kwargs.get("synced_gpus")):
+        raise ValueError(
+            "ACD does not run where several processes share the weights (DeepSpeed ZeRO-3, FSDP, synced_gpus): one "
+            "that has finished runs on without the contrast, to keep step. Load the whole model in each process."
+        )
     output = type(self).generate(self, *args, **kwargs)
     for call in calls:
         call.end()
     return output
+
+
+def _keeps_step(model: PreTrainedModel, synced: bool | None) -> bool:
+    """Whether generate() goes on for as long as any process does, as transformers decides it."""
+    if synced is None:
+        synced = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return synced and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+@functools.wraps(GenerationMixin.init_continuous_batching)
+def init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Refuse, while a processor is there: what it gives would generate without one."""
+    if self._acd_attachment.users:
+        _refuse_continuous_batching()
+    return type(self).init_continuous_batching(self, *args, **kwargs)
 
 
 @functools.wraps(GenerationMixin.generate_batch)
@@ -331,6 +353,8 @@ def prepare_inputs_for_generation(
             kwargs["next_sequence_length"] = None
             inputs = type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         inputs[name] = cache
+    if getattr(self.config.get_text_config(decoder=True), "output_router_logits", False):
+        inputs["output_router_logits"] = False  # a loss for training, over a mask of one stream
     if not cache.seen and cache.offset and not kwargs.get("is_first_iteration"):
         raise ValueError(
             f"the text passes the length behind which {type(self).__name__} needs all keys anew, and a part of it was "
@@ -368,6 +392,7 @@ def get_compiled_call(self: PreTrainedModel, compile_config: CompileConfig | Non
 _OVERRIDES = {
     "generate": generate,
     "generate_batch": generate_batch,
+    "init_continuous_batching": init_continuous_batching,
     "_get_logits_processor": _get_logits_processor,
     "_get_candidate_generator": _get_candidate_generator,
     "prepare_inputs_for_generation": prepare_inputs_for_generation,

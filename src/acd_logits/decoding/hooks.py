@@ -16,6 +16,7 @@ SUPPORTED = "5.16 to 5.23"
 HOOKS: dict[tuple[type, str], tuple[str, ...]] = {
     (GenerationMixin, "generate"): ("inputs", "generation_config", "logits_processor"),
     (GenerationMixin, "generate_batch"): (),
+    (GenerationMixin, "init_continuous_batching"): (),
     (GenerationMixin, "prepare_inputs_for_generation"): (
         "input_ids", "past_key_values", "next_sequence_length", "is_first_iteration",
     ),

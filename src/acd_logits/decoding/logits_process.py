@@ -262,6 +262,7 @@ class _BoundACD(BoundProcessor):
                 f"the decoding loop asks for a contrast of {len(scores)} rows, and ACD has {rows} rows of adversarial "
                 "logits, so it cannot be applied: select rows of the cache too."
             )
+        adversarial = adversarial.to(scores.device)  # which is that of the inputs, and not always the model's
         if not self.checked:  # once a call: reading from the device makes it wait
             self._check_nan(scores, adversarial)
         if isinstance(self.alpha, torch.Tensor):
@@ -303,10 +304,13 @@ def check_model(model: PreTrainedModel) -> None:
     if not model._supports_default_dynamic_cache() or not any(cache in arguments for cache in CACHE_NAMES):
         raise ValueError(f"{name} does not keep its state in a transformers Cache, which ACD needs.")
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "hidden_size_per_layer_input", None):
+    if getattr(config, "hidden_size_per_layer_input", None) or getattr(config, "ple_layer_ids", None):
         raise ValueError(f"{name} embeds tokens once per layer, where soft prompts have no embedding.")
     if "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
         raise ValueError(f"{name} chooses experts by token ids, which soft prompts have none of.")
+    scaled = config.model_type == "falcon_h1" and config.embedding_multiplier != 1
+    if scaled or (config.model_type == "mvp" and config.scale_embedding):
+        raise ValueError(f"{name} scales the embeddings of its tokens, and not those of soft prompts.")
     if "inputs_embeds" not in arguments:
         raise ValueError(f"{name} takes no inputs_embeds, as which soft prompts are given.")
 
@@ -341,6 +345,8 @@ def check_left_padding(model: PreTrainedModel) -> None:
                     torch.nn.functional.pad(ids, (pads, 0)),
                     attention_mask=torch.nn.functional.pad(mask, (pads, 0)),
                     generation_config=settings,
+                    # Both write one token, and not two between which noise decides
+                    prefix_allowed_tokens_fn=lambda *_: [int(ids[0, 0])],
                 )
                 .logits
             )

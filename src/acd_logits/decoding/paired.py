@@ -95,9 +95,9 @@ class PairedCache(Cache):
         attention = [layer for layer in self.inner.layers if isinstance(layer, DynamicLayer | StaticLayer)]
         if not self.seen:  # no soft prompts either
             return not any(int(layer.get_seq_length()) for layer in attention)
-        rows, length = self._size()
+        rows, length = self._size()  # a quantised layer may hold no keys as they are
         filled = [layer for layer in attention if layer.is_initialized]  # not those of cross-attention
-        return all(int(layer.get_seq_length()) == length and len(layer.keys) == rows for layer in filled)
+        return all(int(layer.get_seq_length()) == length and len(layer.keys) in (rows, 0) for layer in filled)
 
     # ----- what generate sees -----
 
