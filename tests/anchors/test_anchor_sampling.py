@@ -8,6 +8,7 @@ from acd_logits import anchors
 from acd_logits.anchors import SamplingSettings
 from acd_logits.anchors.sampling import open_partial
 from acd_logits.pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
+from acd_logits.responses import encode_messages
 from tiny_anchors import INSTRUCTIONS, TEMPLATE, build_anchor_model, build_anchor_tokenizer
 
 NO_SYSTEM_TURN = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
@@ -55,6 +56,16 @@ def test_fewer_system_prompts_may_be_chosen(model, tokenizer, tmp_path):
     rows = anchors.sample_responses(model, tokenizer, INSTRUCTIONS[:3], tmp_path / "partial", settings)
     assert sorted(row["instruction"] for row in rows) == sorted(row["instruction"] for row in INSTRUCTIONS[:3])
     assert {row["system_prompt"] for row in rows} == {"null"}
+
+
+def test_a_template_that_writes_the_date_goes_on_the_next_day(model, tokenizer, tmp_path, monkeypatch):
+    """Every prompt has other tokens then, and its text is the same."""
+    settings, rows = SamplingSettings(system_prompts=("null",), max_new_tokens=3), []
+    for day in "open", "close":
+        dated = lambda tokenizer, turns, day=day: [*tokenizer(day)["input_ids"], *encode_messages(tokenizer, turns)]  # noqa: E731
+        monkeypatch.setattr("acd_logits.anchors.sampling.encode_messages", dated)
+        rows.append(anchors.sample_responses(model, tokenizer, INSTRUCTIONS[:3], tmp_path / "partial", settings))
+    assert rows[0] == rows[1]
 
 
 def test_a_partial_file_is_converted_line_by_line(tmp_path):

@@ -13,6 +13,7 @@ from acd_logits import ACDLogitsProcessor, PromptPair
 from acd_logits.cli import main
 from acd_logits.decoding.contrast import contrast
 from acd_logits.training import OPOModel, distil_data
+from acd_logits.training.distil import DistilArguments, DistilTrainingArguments
 from acd_logits.training.distil_data import TeacherSettings, ask_teacher, check_memory, collate_teacher, load_prompts
 from acd_logits.training.distil_model import (
     DISTIL_NAMES,
@@ -53,6 +54,13 @@ class TestTeacher:
         assert len(list(load_prompts(str(anchors), tokenizer, False, 0.25, 0, 5))) == 5
         with pytest.raises(ValueError, match="raise --max_prompts"):
             load_prompts(str(anchors), tokenizer, False, 0.25, 0, 1)
+
+    def test_mirrors_are_drawn_together(self, tokenizer, tmp_path):
+        rows = anchor_rows(6)
+        (tmp_path / "anchors.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        drawn = load_prompts(str(tmp_path / "anchors.jsonl"), tokenizer, False, 0.0, 0, 4).train
+        assert len(drawn) == 4
+        assert len({e["mirror"] for e in drawn}) == 2
 
     @pytest.mark.parametrize("beta", [0.1, 0.0])
     def test_its_distributions_are_those_of_the_contrast(self, tokenizer, anchors, beta):
@@ -215,6 +223,7 @@ def test_the_command_leaves_an_adapter_that_stock_peft_runs(folder, capsys, monk
     pair = PromptPair.from_pretrained(folder / "pair")
     assert facts["teacher"] == {"pair": "pair", "pair_digest": pair.digest, "alpha": 0.5, "beta": 0.1}
     assert set(facts["training"]["held_out_loss"]["kept"]) <= {"epoch", "loss", *DISTIL_NAMES}
+    assert DISTIL_NAMES[0] in facts["training"]["held_out_loss"]["kept"]
     card = (folder / "out" / "README.md").read_text()
     assert "| the first token | " in card
     assert str(folder) not in card.replace("path/to", "")
@@ -255,6 +264,39 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(folder, monkeypatc
         assert main(command(folder, output=output)) == 0
     ends = [(folder / output / "adapter_model.safetensors").read_bytes() for output in ("stopped", "whole")]
     assert ends[0] == ends[1]
+
+
+def test_a_copied_teacher_is_not_asked_again(folder, monkeypatch):
+    assert main(command(folder, "--max_steps", "1", output="one")) == 0
+    (folder / "two").mkdir()
+    shutil.copy(folder / "one" / "teacher.jsonl", folder / "two")
+    monkeypatch.setattr(distil_data, "generate_batch", lambda *_, **__: pytest.fail("asks again"))
+    more = ["--max_steps", "1", "--learning_rate", "0.02", "--divergence", "total_variation"]
+    assert main(command(folder, *more, output="two")) == 0
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_loss_by_hand(tokenizer, anchors, tmp_path, name):
+    model, pair = build_model(), build_key_value_pair()
+    rows = ask(tokenizer, anchors, pair, model, beta=0.0, max_response_tokens=10).train
+    options = DistilArguments(pair="p", train_file="t", divergence=name, first_token_weight=2.0)
+    quiet = {"use_cpu": True, "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True}
+    args = DistilTrainingArguments(str(tmp_path), **quiet)
+    student, found = StudentModel(model, student_start(model, pair)), []
+    trainer = DistilTrainer(options, model=student, args=args, train_dataset=rows, eval_dataset=rows)
+    got = trainer.evaluate()
+    for batch in (collate_teacher([row]) for row in rows):
+        [(_, logits)] = student(*(batch[key] for key in ("input_ids", "attention_mask", "labels")))
+        teacher = batch["teacher_log_probs"]
+        own = student_log_probs(logits, batch["teacher_ids"])
+        found += enumerate(DIVERGENCES[name](teacher, own, teacher.isfinite())[0].tolist())
+
+    def mean(places):
+        return sum(value for i, value in found if i in places) / sum(i in places for i, _ in found)
+
+    for where, places in (("", range(10)), ("_first", [0]), ("_2_to_8", range(1, 8)), ("_9_on", range(8, 10))):
+        assert got[f"eval_divergence{where}"] == pytest.approx(mean(places), rel=1e-4)
+    assert got["eval_loss"] == pytest.approx(mean(range(10)) + 2 * mean([0]), rel=1e-4)
 
 
 @pytest.mark.parametrize(

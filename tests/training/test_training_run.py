@@ -9,9 +9,18 @@ from safetensors.torch import load_file
 
 from acd_logits import ACDLogitsProcessor, PromptPair, training
 from acd_logits.decoding.contrast import contrast
-from acd_logits.training import OPOModel, OPOTrainer, Run, collate, encode_anchors, initial_prompts, train_pair
+from acd_logits.training import (
+    AnchorExamples,
+    OPOModel,
+    OPOTrainer,
+    Run,
+    collate,
+    encode_anchors,
+    initial_prompts,
+    train_pair,
+)
 from acd_logits.training.trainer import NAMES
-from conftest import VOCAB, build_model, build_pair
+from conftest import VOCAB, build_key_value_pair, build_model, build_pair
 from tiny_training import (
     HARMFUL,
     anchor_examples,
@@ -192,6 +201,22 @@ def test_a_run_goes_on_from_another_pair(tokenizer, tmp_path):
         train_pair(build_model(), Run(again, arguments, tokenizer, anchor_examples(tokenizer)))
 
 
+def test_the_adversarial_prompt_can_be_held(tokenizer, tmp_path):
+    build_key_value_pair(vocab_size=VOCAB).save_pretrained(tmp_path / "first")
+    start = PromptPair.from_pretrained(tmp_path / "first")
+    held = {"init_pair": str(tmp_path / "first"), "prompt_type": "key_value", "hold_adversarial": True}
+    options = build_options(**held, contrast_weight=1.0)
+    arguments = build_arguments(tmp_path / "second", num_train_epochs=1)
+    pair = train_pair(build_model(), Run(options, arguments, tokenizer, anchor_examples(tokenizer)))
+    assert torch.equal(pair.adversarial, start.adversarial)
+    assert (pair.safeguarding - start.safeguarding).abs().max() > 0
+    line = next(line for line in history(tmp_path / "second") if "SP_L_p" in line)
+    terms = [line.get(f"{stream}_{term}", 0.0) for stream in ("SP", "ACD") for term in ("L_p", "L_n", "L_r")]
+    assert line["loss"] == pytest.approx(sum(terms), rel=1e-3), "what cannot change is no part of the loss"
+    with pytest.raises(ValueError, match="--hold_adversarial keeps the AP of a pair"):
+        build_options(hold_adversarial=True)
+
+
 def test_a_pair_to_go_on_from_must_fit(tokenizer, tmp_path):
     build_pair(hidden=8).save_pretrained(tmp_path / "first")
     options = build_options(init_pair=str(tmp_path / "first"))
@@ -205,8 +230,36 @@ def test_a_pair_to_go_on_from_must_fit(tokenizer, tmp_path):
         train_pair(
             build_model(), Run(options, build_arguments(tmp_path / "third"), tokenizer, anchor_examples(tokenizer))
         )
+    assert not (tmp_path / "second").exists(), "the cure would be another run in that folder"
+    assert not (tmp_path / "third").exists()
     with pytest.raises(ValueError, match="leave it out with --init_pair"):
         build_options(init_pair="a/pair", num_virtual_tokens=7)
+
+
+def test_keys_and_values_are_trained_on_one_device(tokenizer, tmp_path):
+    model = build_model()
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1}
+    run = Run(build_options(prompt_type="key_value"), build_arguments(tmp_path), tokenizer, anchor_examples(tokenizer))
+    with pytest.raises(ValueError, match="--device_map splits the model up: leave it out"):
+        train_pair(model, run)
+
+
+def test_the_best_prompt_must_have_been_saved(tmp_path):
+    every = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 4, "eval_steps": 2}
+    with pytest.raises(ValueError, match="give --save_steps and --eval_steps one number"):
+        training.prepare(build_options(), build_arguments(tmp_path, **every))
+
+
+def test_other_turns_are_another_run(tokenizer, tmp_path):
+    rows = anchor_rows()
+    for history_ in ([], ["w3", "w4"]):
+        parts = encode_anchors([row | {"history": history_} for row in rows], tokenizer, False, 64)
+        run = Run(build_options(), build_arguments(tmp_path), tokenizer, AnchorExamples(parts[9:], parts[:9]))
+        if history_:
+            with pytest.raises(ValueError, match="holds a run with another anchors_sha256"):
+                train_pair(build_model(), run)
+        else:
+            train_pair(build_model(), run)
 
 
 def test_a_pair_trained_with_a_shared_instruction_is_used_so(tokenizer, tmp_path):

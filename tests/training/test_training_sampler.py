@@ -92,3 +92,12 @@ def test_batches_are_of_like_length():
     spread = [[len(rows[k]["input_ids"]) for k in order[i : i + 12]] for i in range(0, 120, 12)]
     assert all(max(lengths) - min(lengths) < 12 for lengths in spread)
     assert [lengths[0] for lengths in spread] != sorted(lengths[0] for lengths in spread)
+
+
+def test_a_rare_group_is_named(caplog):
+    rows = uneven_examples()
+    BalancedSampler(rows, batch_size=8, seed=0)
+    assert not caplog.text
+    BalancedSampler([*rows, example("D_S", "rare", "r")], batch_size=8, seed=0)
+    assert "A balanced epoch has 1 examples of each group" in caplog.text
+    assert "'D_S rare': 1" in caplog.text

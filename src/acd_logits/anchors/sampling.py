@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from ..files import digest
+from ..pairs.fit import chat_template_digest
 from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT, has_system_turn
 from ..responses import as_messages, check_context, encode_messages, generate_batch
 
@@ -80,10 +81,13 @@ def sample_responses(
         for name in settings.system_prompts
     ]
     # Prompts of one length make no padding. The longest first: if memory does not suffice, it shows at once.
-    requests.sort(key=lambda request: (-len(request[1]), request[1]))
+    requests.sort(key=lambda request: (-len(request[1]), json.dumps(request[0])))
     check_context(model, max((len(ids) for _, ids in requests), default=0) + settings.max_new_tokens)
 
-    done = open_partial(partial_file, digest(model.name_or_path, str(model.dtype), asdict(settings), requests))
+    # By their texts, and not by their tokens: some chat templates write the date into those
+    asked = [row for row, _ in requests]
+    form = chat_template_digest(tokenizer)
+    done = open_partial(partial_file, digest(model.name_or_path, str(model.dtype), asdict(settings), form, asked))
     batches = [requests[i : i + settings.batch_size] for i in range(0, len(requests), settings.batch_size)]
     progress = logging.tqdm(desc="Sampling", total=len(requests), initial=sum(map(len, done)), unit="response")
     with progress, partial_file.open("a", encoding="utf-8") as file:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     with user_errors(ImportError, OSError, RuntimeError, ValueError):
         prepared = training.prepare(*training.parse_arguments(vars(args)))
         model = training.load_model(prepared)
-    with user_errors(FloatingPointError):
+    with user_errors(FloatingPointError, OSError, ValueError):
         pair = training.train_pair(model, prepared)
     if prepared.args.process_index == 0:
         _report_pair(pair, prepared.args)

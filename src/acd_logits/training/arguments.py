@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from ..demo_model import DEMO_MODEL, resolve_model_name
+from ..demo_model import DEMO_MODEL, resolve_model_name, resolve_pair_name
 from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import OPPOSITE_PROMPT, SAFE_PROMPT
 
@@ -44,7 +44,7 @@ class RunArguments:
         default="auto", help="load the frozen model in this type; auto means bfloat16 on a GPU and float32 elsewhere"
     )
     device_map: str | None = HfArg(
-        default=None, help='pass this device_map to from_pretrained; "auto" splits the model up'
+        default=None, help='pass this device_map to from_pretrained; "auto" splits the model up, for embedding prompts'
     )
     chat: bool | None = HfArg(
         default=None,
@@ -111,6 +111,10 @@ class OPOArguments(RunArguments):
     init_pair: str | None = HfArg(
         default=None, help="go on from this pair, a folder or a Hub id, instead of from the texts"
     )
+    hold_adversarial: bool = HfArg(
+        default=False,
+        help="train SP and the contrast, and keep AP as it is in --init_pair: a step is a quarter cheaper",
+    )
     share_instruction_kv: bool = HfArg(
         default=False,
         help="hide embedding prompts from all of the instruction but its last token, so that inference can share its "
@@ -156,6 +160,8 @@ class OPOArguments(RunArguments):
         """
         if self.init_pair and self.num_virtual_tokens:
             raise ValueError("--num_virtual_tokens is the length of new prompts: leave it out with --init_pair")
+        if self.hold_adversarial and not self.init_pair:
+            raise ValueError("--hold_adversarial keeps the AP of a pair that is trained: name it by --init_pair")
         wanted = dict.fromkeys(("num_virtual_tokens", "max_response_tokens", "max_refusal_tokens"), "at least 1")
         weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight")
         wanted |= dict.fromkeys(weights, "finite and at least 0")
@@ -166,7 +172,8 @@ class OPOArguments(RunArguments):
     def weights(self) -> list[list[float]]:
         """Weights of L_p, L_n and L_r, of each of L_S, L_A and L_C."""
         terms = (self.lp_weight, self.ln_weight, self.lr_weight)
-        return [[loss * term for term in terms] for loss in (1.0, 1.0, self.contrast_weight)]
+        losses = (1.0, 0.0 if self.hold_adversarial else 1.0, self.contrast_weight)
+        return [[loss * term for term in terms] for loss in losses]
 
     @property
     def shares_instruction(self) -> bool:
@@ -197,7 +204,12 @@ class OPOArguments(RunArguments):
         Raises:
             OSError, ValueError: it cannot be loaded.
         """
-        return PromptPair.from_pretrained(self.init_pair) if self.init_pair else None
+        return PromptPair.from_pretrained(resolve_pair_name(self.init_pair)) if self.init_pair else None
+
+    def check_start(self, start: PromptPair) -> None:
+        """Raise ValueError if the pair to go on from holds prompts of another kind."""
+        if (kind := start.config.prompt_type) != self.prompt_type:
+            raise ValueError(f"{self.init_pair} holds {kind} prompts: add --prompt_type {kind}")
 
 
 @dataclass
@@ -208,7 +220,10 @@ class OPOTrainingArguments(TrainingArguments):
 
     output_dir: str = HfArg(default="prompt-pair", help="write the pair, and the checkpoints, into this folder")
     learning_rate: float = HfArg(default=3e-2, help="train both prompts at this rate")
-    num_train_epochs: float = HfArg(default=3.0, help="make this many passes over the anchor data")
+    num_train_epochs: float = HfArg(
+        default=3.0,
+        help="make this many passes over the anchor data; a balanced one is as long as its rarest group has rows",
+    )
     per_device_train_batch_size: int = HfArg(default=32, help="put this many examples into a step on each device")
     per_device_eval_batch_size: int = HfArg(
         default=32, help="evaluate this many held-out examples at a time on each device"
@@ -243,10 +258,19 @@ def parse_arguments(values: dict[str, Any]) -> tuple[OPOArguments, OPOTrainingAr
     return options, args
 
 
-def check_resumption(args: TrainingArguments) -> None:
-    """Raise ValueError where a checkpoint is named: a run finds its own."""
+def check_trainer_arguments(args: TrainingArguments) -> None:
+    """Check what every kind of run is told of transformers' arguments.
+
+    Raises:
+        ValueError: a checkpoint is named, though a run finds its own, or the best one could not be loaded.
+    """
     if args.resume_from_checkpoint not in (None, "auto"):
         raise ValueError("a run goes on by itself where its --output_dir was left: leave out --resume_from_checkpoint")
+    if args.load_best_model_at_end and args.eval_strategy == "steps" and args.eval_steps != args.save_steps:
+        raise ValueError(
+            "the best prompt is kept if it is saved whenever it is evaluated: give --save_steps and --eval_steps one "
+            "number, or add --load_best_model_at_end false"
+        )
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:
@@ -264,7 +288,7 @@ def check_arguments(options: OPOArguments, args: TrainingArguments) -> None:
         raise ValueError("--push_to_hub needs --hub_model_id")
     if args.push_to_hub and args.hub_private_repo is False:
         raise ValueError("a pair is pushed to a private repository: publish it with acd-logits push --public")
-    check_resumption(args)
+    check_trainer_arguments(args)
     if options.shares_instruction and checkpoints_activations(args):
         raise ValueError(
             "a shared instruction and --gradient_checkpointing exclude each other: leave it out, or train with "

@@ -23,13 +23,15 @@ from ..pairs.distilled import DistilledPrompt
 from ..pairs.fit import check_fit_unloaded
 from ..pairs.key_values import check_shareable
 from ..pairs.prompt_pair import PromptPair
-from .arguments import OPOTrainingArguments, RunArguments, check_resumption, checkpoints_activations
+from ..responses import check_context
+from .arguments import OPOTrainingArguments, RunArguments, check_trainer_arguments, checkpoints_activations
 from .distil_data import TeacherSettings, ask_teacher, check_memory, load_prompts
 from .distil_model import DISTIL_NAMES, DistilTrainer, StudentModel, student_start
 from .model import fast_head
 from .run import (
     Run,
     base_facts,
+    check_on_one_device,
     check_same_run,
     load_config,
     model_settings,
@@ -38,6 +40,7 @@ from .run import (
     start_run,
     train_prompts,
     trainer_settings,
+    use_one_device,
     what_came_out,
 )
 
@@ -131,7 +134,8 @@ def prepare_distillation(options: DistilArguments, args: DistilTrainingArguments
         OSError: a file, the pair or the model cannot be read.
         ValueError: the pair cannot be distilled, or not so; the message says what to do.
     """
-    check_resumption(args)
+    check_trainer_arguments(args)
+    use_one_device(args)
     if checkpoints_activations(args):
         raise ValueError("a key-value prompt cannot be trained under --gradient_checkpointing: leave it out")
     if args.push_to_hub:
@@ -180,8 +184,11 @@ def distil(model: PreTrainedModel, run: Run[DistilArguments]) -> DistilledPrompt
     """
     model = place(model, run).eval()
     check_shareable(model, key_value=True)
+    check_on_one_device(model)
     pair, settings = run.options.teacher, distil_settings(run)
     pair.check(model)
+    longest = max(len(e["input_ids"]) for e in run.examples) + run.options.max_response_tokens
+    check_context(model, max(len(pair.safeguarding), len(pair.adversarial)) + longest)
     start_run(run, settings)
     with run.args.main_process_first(local=False, desc="the teacher's answers"):
         examples = ask_teacher(

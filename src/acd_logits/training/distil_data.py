@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,7 @@ def load_prompts(
         chat: use the chat template.
         held_out: share of the instructions to hold out, the same ones as training a pair does with this seed.
         seed: chooses them.
-        limit: draw this many prompts; `None` takes all.
+        limit: draw this many prompts, mirrors together; `None` takes all.
 
     Raises:
         ImportError, OSError, ValueError: as of [`load_anchor_data`] and [`split_held_out`].
@@ -81,8 +80,9 @@ def load_prompts(
     sides = split_held_out(rows, held_out, seed) if held_out else (rows, [])
     parts = [_distinct(encode_anchors(side, tokenizer, chat, 1)) for side in sides]
     if limit is not None and (total := sum(map(len, parts))) > limit:
-        chance = random.Random(seed)
-        parts = [chance.sample(part, round(limit * len(part) / total)) for part in parts]
+        # By chance, and what mirrors each other together: a balanced batch has both
+        parts = [sorted(part, key=lambda e: digest("drawn", seed, e["mirror"])) for part in parts]
+        parts = [part[: round(limit * len(part) / total)] for part in parts]
     for part in parts:
         part.sort(key=lambda e: len(e["input_ids"]))
     if not parts[0] or (held_out and not parts[1]):

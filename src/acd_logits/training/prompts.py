@@ -31,12 +31,8 @@ def initial_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if options.shares_instruction:
         check_shareable(model, options.prompt_type == "key_value")
     if start := options.start:
+        options.check_start(start)
         start.check(model)
-        if start.config.prompt_type != options.prompt_type:
-            raise ValueError(
-                f"{options.init_pair} holds {start.config.prompt_type} prompts: add --prompt_type "
-                f"{start.config.prompt_type}"
-            )
         config = dataclasses.replace(start.config, results={})  # which were measured on that pair
         return PromptPair(start.safeguarding.float(), start.adversarial.float(), config)
 

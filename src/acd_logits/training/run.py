@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from .. import __version__
 from ..demo_model import DEMO_MODEL, DEMO_MODEL_ID
 from ..files import write_text
-from ..pairs.fit import base_model, chat_template_digest
+from ..pairs.fit import base_model, chat_template_digest, check_fit_unloaded
 from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import system_prompt_ids
 from .arguments import RunArguments, check_arguments
@@ -77,8 +77,12 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> Run[OPOArguments]
         ValueError: the model or the data cannot be trained with; the message says what to do.
     """
     check_arguments(options, args)
+    use_one_device(args)
     texts = options.texts
     config, tokenizer = load_config(options)
+    if options.start:
+        options.check_start(options.start)
+        check_fit_unloaded(options.start.config, config, options.model_path, transfer=True)
     run = Run(options, args, tokenizer, load_examples(options, tokenizer, args.seed))
     if start := options.start:
         length = max(len(start.safeguarding), len(start.adversarial))
@@ -87,6 +91,11 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> Run[OPOArguments]
     check_context(config, run.examples, length)
     check_same_run(run.folder, training_settings(run))
     return run
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """Train on one device for each process: DataParallel would copy the prompts, and not the model behind them."""
+    args._n_gpu = min(args.n_gpu, 1)
 
 
 def load_config(options: RunArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -112,21 +121,30 @@ def load_model(run: Run[Any]) -> PreTrainedModel:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if run.args.device.type == "cuda" else "float32"
-    placement = {"device_map": options.device_map} if options.device_map else {}
+    device_map = options.device_map or {"": run.args.device}  # most kinds of quantised weights stay where they land
     return AutoModelForCausalLM.from_pretrained(
-        options.model_path, revision=options.model_revision, dtype=dtype, **placement
+        options.model_path, revision=options.model_revision, dtype=dtype, device_map=device_map
     )
 
 
 def place(model: PreTrainedModel, run: Run[Any]) -> PreTrainedModel:
     """The model itself, on the run's device.
 
-    Trainer sees the prompts alone. What was placed by a device map, or is quantised, stays where it is.
+    Trainer sees the prompts alone. What a device map has split up, or is quantised, stays where it is.
     """
     model = base_model(model)
     if not (getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)):
         model.to(run.args.device)
     return model
+
+
+def check_on_one_device(model: PreTrainedModel) -> None:
+    """Raise ValueError if a device map has split the model up: its hooks move no keys and values of a prompt."""
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            "keys and values are trained on one device, and --device_map splits the model up: leave it out, load the "
+            "model in a smaller dtype or quantised, or train a pair with --prompt_type embedding"
+        )
 
 
 def train_pair(model: PreTrainedModel, run: Run[OPOArguments]) -> PromptPair:
@@ -143,13 +161,17 @@ def train_pair(model: PreTrainedModel, run: Run[OPOArguments]) -> PromptPair:
 
     Raises:
         FloatingPointError: the loss is NaN or infinite.
-        ValueError: the folder holds a run with other settings, or the pair to go on from does not fit the model.
+        ValueError: the folder holds a run with other settings, the pair to go on from does not fit the model, or the
+            model cannot be trained so. Nothing is written then.
     """
     model = place(model, run)
+    if run.options.shares_instruction:
+        check_on_one_device(model)
+    initial = initial_prompts(model, run.tokenizer, run.options)
     settings = training_settings(run)
     start_run(run, settings)
-    initial = initial_prompts(model, run.tokenizer, run.options)
     opo = OPOModel(model, initial, run.options.shares_instruction)
+    opo.prompts["adversarial"].requires_grad_(not run.options.hold_adversarial)
     with fast_head(opo):
         log = train_prompts(opo, run, OPOTrainer)
     model.eval()
@@ -190,11 +212,11 @@ def base_facts(run: Run[Any]) -> dict[str, Any]:
 def training_settings(run: Run[OPOArguments]) -> dict[str, Any]:
     """What decides how the prompts come out, for the pair's config: enough to train it again."""
     options = run.options
-    ours = ("dtype", "prompt_type", "num_virtual_tokens", "share_instruction_kv")
+    ours = ("dtype", "prompt_type", "num_virtual_tokens", "share_instruction_kv", "hold_adversarial")
     data = ("balance", "max_response_tokens", "max_refusal_tokens", "held_out_fraction")
     weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight", "retain", "alpha")
-    # The digest is of instructions, not of their tokens: some chat templates write the date into those
-    anchors = json.dumps([[e["instruction"], e["response"], e["split"]] for e in run.examples])
+    # The digest is of texts, not of their tokens: some chat templates write the date into those
+    anchors = json.dumps([[e["texts"], e["response"], e["split"], e["kind"], e["mirror"]] for e in run.examples])
     return {
         **model_settings(run),
         **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),

@@ -8,11 +8,16 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import logging
+
+from ..anchors import SPLITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from .data import Example
+
+logger = logging.get_logger(__name__)
 
 
 class BalancedSampler(torch.utils.data.Sampler[int]):
@@ -35,6 +40,12 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
             groups[example["split"], example["kind"]].append(i)
         ordered = sorted(groups.values(), key=len)
         self.size = len(ordered[0])  # of every group in an epoch
+        if len(ordered) > 1 and 4 * self.size < len(ordered[1]):
+            counts = {f"{SPLITS[split]} {kind}": len(group) for (split, kind), group in groups.items()}
+            logger.warning(
+                f"A balanced epoch has {self.size} examples of each group, as many as the rarest one, of {counts}. "
+                "Add some of it, or set --num_train_epochs or --max_steps accordingly."
+            )
         mirrors = [{examples[i]["mirror"] for i in group} for group in ordered]
         paired = [i for i, own in enumerate(mirrors) if any(own & other for other in mirrors if other is not own)]
         # The first group leads, and the others are put beside it: the smallest one that has mirrors in another

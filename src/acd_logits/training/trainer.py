@@ -7,12 +7,13 @@ accumulation and the number of processes change nothing but the speed.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..anchors import SPLITS
 from .data import IGNORED, collate, leave_out_apologies, refusal_openings
@@ -23,7 +24,7 @@ from .sampler import BalancedSampler
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from transformers import EvalPrediction
+    from transformers import EvalPrediction, TrainerState
 
     from .arguments import OPOArguments, RunArguments
     from .data import Batch, Example
@@ -50,6 +51,7 @@ class PromptTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our mean is over all micro-batches: nothing is left to divide
         # Sums and token counts of the terms since the last line of the log
         self._logged = torch.zeros(2, *self.shape, device=self.args.device)
+        self.add_callback(_SetEpoch(self))
 
     @abstractmethod
     def sums(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
@@ -67,8 +69,11 @@ class PromptTrainer(Trainer):
         self, train_dataset: Sequence[Example] | None = None
     ) -> torch.utils.data.Sampler[int] | None:
         """The order of an epoch."""
-        if not self.options.balance:
-            return super()._get_train_sampler(train_dataset)
+        return self.balanced if self.options.balance else super()._get_train_sampler(train_dataset)
+
+    @functools.cached_property
+    def balanced(self) -> BalancedSampler:
+        """The order of an epoch with balanced batches."""
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BalancedSampler(self.train_dataset, batch_size, seed)
@@ -78,7 +83,9 @@ class PromptTrainer(Trainer):
     ) -> tuple[list[Batch], torch.Tensor]:
         """Fetch the micro-batches of one step, and count each term's tokens in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader:
+        rebalanced = not self.options.balance and self.args.train_sampling_strategy == "batch_rebalance"
+        filled_up = self.accelerator.num_processes > 1 and not (self.args.dataloader_drop_last or rebalanced)
+        if batches and filled_up and self.accelerator.gradient_state.end_of_dataloader:
             # accelerate fills the last batches of an epoch up with rows from its start: they must not count twice.
             # It counts the rows of the data, of which a balanced epoch has fewer
             order: Any = self._get_train_sampler()
@@ -132,6 +139,17 @@ class PromptTrainer(Trainer):
     def _means(self, sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
         values = zip(self.names, sums.flatten(), counts.flatten(), strict=True)
         return {name: (s / n).item() for name, s, n in values if n > 0}
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the balanced order its epoch: where several processes go on, no one else reaches it."""
+
+    def __init__(self, trainer: PromptTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer.options.balance:
+            self.trainer.balanced.set_epoch(int(state.epoch or 0))
 
 
 class OPOTrainer(PromptTrainer):
