@@ -86,7 +86,9 @@ def test_rows_hold_what_the_library_answers(tokenizer, tmp_path):
             assert row["loss"] == pytest.approx(response_loss(model, tokenizer, prompt, alone.text)[0], abs=1e-4)
             assert row["refused"] is False
     assert [row["verdict"] for row in results.rows if row["label"] == "safe"] == [None] * 8
-    assert {row["verdict"] for row in results.rows if row["label"] == "harmful"} <= {"harmless", "harmful"}
+    for row in results.rows:
+        if row["label"] == "harmful":
+            assert [row["verdict"]] == LengthJudge().judge([row["request"]], [row["response"]])
 
 
 @pytest.mark.parametrize("fails_at", [0, 3, 7])

@@ -39,6 +39,18 @@ class TextJudge:
         return ["harmless" if request == REFUSED else "harmful" for request in requests]
 
 
+class Reader(TextJudge):
+    """Remembers what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def judge(self, requests, responses):
+        self.read += zip(requests, responses, strict=True)
+        return super().judge(requests, responses)
+
+
 def run(folder, tokenizer, judge=None, depths=(0, 2, 4), arms=("acd", "base")):
     results = ResultsFolder(folder, {"model": "tiny", "judge": "text"})
     benchmarks = [MIXED, SAFE]
@@ -51,6 +63,15 @@ def run(folder, tokenizer, judge=None, depths=(0, 2, 4), arms=("acd", "base")):
     judge = judge or TextJudge()
     run_comparison(model, tokenizer, results, benchmarks, cells, judge, pair, decoding, on_cell=done.append)
     return results, done
+
+
+def test_a_judge_reads_the_beginning_too(tokenizer, tmp_path):
+    judge, model = Reader(), build_model()
+    run(tmp_path, tokenizer, judge, depths=[2], arms=["base"])
+    prompt = encode_messages(tokenizer, [{"content": TEXTS[0]}])
+    base = answer(model, tokenizer, "base", prompt, None, (None, None), 6)
+    rest = answer(model, tokenizer, "base", prompt + base[:2], None, (None, None), 6)
+    assert judge.read[-3] == (TEXTS[0], tokenizer.decode(base[:2] + rest, skip_special_tokens=True))
 
 
 def test_arms_go_on_from_the_tokens_of_base(tokenizer, tmp_path):

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from acd_logits.evaluation.benchmarks import Benchmark, Request
 from acd_logits.evaluation.comparison import Decoding, plan_cells, run_comparison
-from acd_logits.evaluation.judges import KeywordJudge
+from acd_logits.evaluation.judges import ClassifierJudge, KeywordJudge
 from acd_logits.evaluation.report import write_report
 from acd_logits.evaluation.results import ResultsFolder
 from acd_logits.evaluation.rival_folder import RivalFolder, check_scoring
+from acd_logits.evaluation.rivals import REFUSAL
 from conftest import HIDDEN, VOCAB, build_model, build_tokenizer
 from test_judges import save_classifier
 from tiny_results import SETTINGS
@@ -140,6 +141,10 @@ def test_rivals_answer_in_a_comparison(whole, tmp_path):
         said.setdefault(row["arm"], []).append(row["response"])
     assert list(said) == ["null", *NAMES, "base"]
     assert all(said[name] != said["null"] for name in ("steering", "lora", "safedecoding", "adacd"))
+    guard = ClassifierJudge(str(whole / "guard")).judge_requests([request.text for request in ASKED.requests])
+    assert said["guard"] == [
+        a if verdict == "harmless" else REFUSAL for a, verdict in zip(said["null"], guard, strict=True)
+    ]
     alone = run(tmp_path / "alone", rivals, ["null", "base"], [ASKED], tokenizer)
     assert [row["response"] for row in alone.rows] == said["null"] + said["base"], "no rival leaves anything behind"
     report = write_report(results).read_text()

@@ -318,7 +318,7 @@ def _measure(
     # An answer that has begun, or that an attack tells how to begin, may turn around behind its first words
     judge, refuses = (judge, is_refusal) if cell == cell.direct else (continuation_judge(judge), turns_around)
     starts = [tokenizer.decode(question.begun, skip_special_tokens=True) for question in asked]
-    verdicts = _judge_harmful(judge, [question.request for question in asked], starts, responses)
+    verdicts = _judge_harmful(judge, tokenizer, asked, responses)
     rows: list[dict[str, Any]] = []
     for question, start, response in zip(asked, starts, responses, strict=True):
         request, begun = question.request, question.begun
@@ -353,14 +353,17 @@ def _measure(
 
 
 def _judge_harmful(
-    judge: Judge, requests: Sequence[Request], starts: Sequence[str], responses: Sequence[Response]
+    judge: Judge, tokenizer: PreTrainedTokenizerBase, asked: Sequence[_Question], responses: Sequence[Response]
 ) -> Iterator[Verdict]:
     """The verdicts on the responses to harmful requests, in their order.
 
     A classifier and an LLM read the whole answer, with what it began with. Keywords, and what the harm judge learned,
     are about what follows.
     """
-    examples = [e for e in zip(requests, starts, responses, strict=True) if e[0].label == "harmful"]
-    whole = not isinstance(judge, KeywordJudge)
-    texts = [start + response.text if whole else response.text for _, start, response in examples]
-    return iter(judge.judge([request.text for request, _, _ in examples], texts))
+    requests, texts = [], []
+    for question, response in zip(asked, responses, strict=True):
+        if question.request.label == "harmful":
+            whole = tokenizer.decode([*question.begun, *response.ids], skip_special_tokens=True).strip()
+            requests.append(question.request.text)
+            texts.append(response.text if isinstance(judge, KeywordJudge) else whole)
+    return iter(judge.judge(requests, texts))
