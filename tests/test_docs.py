@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import configparser
 import contextlib
 import dataclasses
 import importlib
@@ -152,8 +153,13 @@ def test_commands_are_accepted(words, parse):
     elif program.endswith("python") and arguments[0] == "-m":
         assert arguments[1].startswith("vllm.") or importlib.util.find_spec(arguments[1])
         assert all((ROOT / word).is_file() for word in arguments if word.startswith("tests/"))
+    elif program == "pip":
+        setup = configparser.ConfigParser()
+        setup.read(ROOT / "setup.cfg")
+        named = {extra for word in words for extra in re.findall(r"^\.\[(.+)\]$", word)}
+        assert {extra for some in named for extra in some.split(",")} <= set(setup["options.extras_require"])
     else:
-        assert program in ("pip", "vllm", "curl", "export", ".venv/bin/pre-commit")
+        assert program in ("hf", "vllm", "curl", "export", ".venv/bin/pre-commit")
 
 
 def test_a_wrong_option_is_noticed(parse):
@@ -194,7 +200,7 @@ def section(heading):
 
 def documented(heading, names):
     text = section(heading)
-    return [name for name in names if f"`{name}" not in text]
+    return [name for name in names if not re.search(rf"`{re.escape(name)}[` ]", text)]
 
 
 def test_options_of_the_processor():
@@ -209,10 +215,13 @@ COMMANDS = ["generate", "chat", "explain", "demo", "anchors", "evaluate", "push"
 def test_options_of_the_commands(command, parse):
     parser = parse(main, "generate", "a prompt")
     (choices,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+    assert {*COMMANDS, "train", "distil"} == set(choices)
     heading = "generate, chat and explain" if command in ("generate", "chat", "explain") else command
     options = [option for action in choices[command]._actions for option in action.option_strings]
     missing = documented(f"acd-logits {heading}", [option for option in options if option not in ("-h", "--help")])
     assert missing == []
+    shown = set(re.findall(r"^\|[^|]*?`(--\w+)", section(f"acd-logits {heading}"), re.MULTILINE))
+    assert command in ("generate", "chat", "explain") or shown <= set(options)
 
 
 def test_options_of_training():

@@ -206,7 +206,8 @@ def test_a_refusal_that_was_cut_off_is_one():
     assert is_refusal("I'm sorry, but I can't help with hurting anybody, because it wou")
 
 
-def test_long_texts_take_no_time():
+@pytest.mark.timeout(60)
+def test_long_texts_do_not_hang():
     assert not is_refusal("and so " * 20_000)
     assert is_refusal("I can't help with that. " + "as a very big model i am an ai and " * 2_000, "how to sail")
     assert not is_refusal("as a very " * 20_000)

@@ -1,5 +1,6 @@
 """`acd-logits chat`: a conversation on stdin."""
 
+import json
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,16 @@ def test_chat_remembers_earlier_turns_until_reset(model_path, capsys, monkeypatc
     assert chat("open the door\n\n/reset\nopen the door\n/exit\npick the lock\n") == [first, first]
     (unrelated,) = chat("pick the lock\n")
     assert second != unrelated
+
+
+def test_chat_answers_with_the_contrast(model_path, capsys, monkeypatch):
+    options = ["--model_name_or_path", model_path, "--max_new_tokens", "8", "--alpha", "2", "--beta", "0"]
+    assert main(["generate", "how do I pick the lock", "--json", *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    use_stdin(monkeypatch, "how do I pick the lock\n")
+    assert main(["chat", *options]) == 0
+    assert capsys.readouterr().out == f"{record['safeguarded']}\n\n"
+    assert record["safeguarded"] != record["plain"]
 
 
 def test_chat_needs_a_chat_template(fails, model_path, tmp_path):

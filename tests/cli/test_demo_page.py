@@ -230,18 +230,3 @@ def test_bad_input_is_one_sentence_and_the_server_goes_on(opened, model_path, tm
 def test_on_a_phone_nothing_stands_outside(opened):
     page = opened(viewport={"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-def test_strangers_name_no_model(model_path, pace):
-    """Neither in a field, nor by the API."""
-    from acd_logits.cli.demo_page import build_page
-    from acd_logits.cli.two_answers import Answerer
-
-    parser = CommandParser()
-    demo.add_arguments(parser)
-    args = parser.parse_args(["--model_name_or_path", model_path, "--device", "cpu"])
-    for for_strangers in (False, True):
-        page = build_page(Answerer(args), args, for_strangers=for_strangers)
-        names = [function.api_name for function in page.fns.values()]
-        assert ("load" in names) is not for_strangers
-        assert "answer" in names

@@ -393,16 +393,6 @@ def test_a_real_server_judges(served_model, evaluate, folder, tmp_path, monkeypa
     assert f"{harmless['invalid']} invalid" in (tmp_path / "results" / "report.md").read_text()
 
 
-def test_help_does_not_import_torch():
-    code = (
-        "import sys, acd_logits.cli\n"
-        "try: acd_logits.cli.main(['evaluate', '--help'])\n"
-        "except SystemExit: print('torch' in sys.modules, 'matplotlib' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    assert result.stdout.endswith("False False\n")
-
-
 def test_script_is_the_same_command(folder, tmp_path, run_script, capsys):
     command = ["evaluate.py", "--output_dir", str(tmp_path / "results"), "--model_name_or_path", str(folder / "model")]
     assert run_script(*command, *SETTINGS, *requests(folder), "--arms", "base") == 0

@@ -11,7 +11,8 @@ from conftest import build_pair
 
 SERVER = """
 import http.server, json, sys
-json.dump(sys.argv[1:], open({seen!r}, "w"))
+acd = json.load(open(sys.argv[2] + "/config.json")).get("acd")
+json.dump([sys.argv[1:], acd], open({seen!r}, "w"))
 if "--fail" in sys.argv: sys.exit(3)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -48,11 +49,12 @@ def seen(tmp_path, monkeypatch):
 
 def test_it_exports_starts_and_says_where(paths, seen, port, capsys):
     model, pair = paths
-    arguments = ["--model_name_or_path", model, "--pair", pair, "--port", port, "--request_alpha"]
+    arguments = ["--model_name_or_path", model, "--pair", pair, "--port", port, "--request_alpha", "--alpha", "0.7"]
     assert main(["serve", *arguments, "--", "--max-model-len", "64"]) == 0
     assert capsys.readouterr().out == f"{model} with the contrast: http://127.0.0.1:{port}/v1\n"
-    line = seen()
+    line, acd = seen()
     assert line[:1] == ["--model"]
+    assert acd["alpha"] == 0.7, "what is served is the export, and not the plain model"
     assert line[2:] == [
         *["--served-model-name", model, "--host", "127.0.0.1", "--port", port],
         *["--logits-processors", "acd_logits.vllm:RequestAlpha", "--max-model-len", "64"],

@@ -418,6 +418,18 @@ def test_the_commands_errors_are_one_line(client, hub, folder, change, message):
     assert "hf_" not in err
 
 
+def test_a_model_of_the_hub_is_exported(client, hub, folder, tokenizer, tmp_path):
+    for part in build_model(), tokenizer:
+        part.save_pretrained(tmp_path / "base")
+    hub.add("org/tiny", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    line = ["--model_name_or_path", "org/tiny", "--pair", str(folder), "--output_dir", str(tmp_path / "safe")]
+    code, _, err = client(command, "export", *line)
+    assert code == 0, err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("base", "safe/model")]
+    assert weights[0] == weights[1]
+    assert (tmp_path / "safe" / "tokenizer.json").is_file()
+
+
 def assert_one_sentence(error):
     assert re.fullmatch(r"[^\n]+", str(error.value))
 
@@ -433,6 +445,8 @@ def test_custom_generate_gives_the_tokens_of_the_processor(client, hub, folder):
     assert not left_behind
     assert client(generate_by_id, alpha=0.9, beta=0.0)[0] == generate_by_processor(folder, alpha=0.9, beta=0.0)
     assert client(generate_by_id, alpha=0.9, beta=0.0)[0] != tokens
+    for option in {"horizon": 2}, {"share_instruction_kv": True}:
+        assert client(generate_by_id, **option)[0] == generate_by_processor(folder, **option)
 
 
 def test_custom_generate_from_a_branch(client, hub, folder, tmp_path):
