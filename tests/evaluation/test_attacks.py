@@ -148,7 +148,7 @@ def test_harmful_requests_are_asked_under_attack_and_safe_ones_plainly(tokenizer
     (alone,) = generate_responses(model, tokenizer, [[5, 6, 7, 30, 31]], processor, max_new_tokens=4)
     assert rows[0]["response"] == alone.text
     assert ["w5 w6 w7 w30 w31"] in asked
-    (reminded,) = (texts[0] for texts in asked if "w10 w11 w12 w32" in texts[0] and "Remember" in texts[0])
+    (reminded,) = {texts[0] for texts in asked if "w10 w11 w12 w32" in texts[0] and "Remember" in texts[0]}
     assert reminded.startswith("Remember"), "the attack first, then the arm's own change"
 
 
