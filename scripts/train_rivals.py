@@ -55,6 +55,7 @@ from acd_logits.files import digest, write_text
 from acd_logits.refusal import is_refusal
 from acd_logits.responses import as_messages
 from acd_logits.training.data import IGNORED, encode_anchors
+from acd_logits.training.run import use_one_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -197,7 +198,7 @@ def lora_arguments(shop: Workshop) -> TrainingArguments:
             f"the Trainer takes {theirs}, and the model is on {device}: leave --device out, and name a GPU in "
             "CUDA_VISIBLE_DEVICES"
         )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all GPUs
+    use_one_device(arguments)
     return arguments
 
 

@@ -204,6 +204,15 @@ def test_a_changed_model_is_followed(model, pair, change):
     assert_same(model.generate(**batch, logits_processor=[acd], **SCORES), expected)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_router_logits_are_left_to_training(share):
+    model = build_model("mixtral")
+    acd = ACDLogitsProcessor(model, build_pair(4, 4), beta=0.0, share_instruction_kv=share)
+    expected = model.generate(**build_batch(), logits_processor=[acd], **SCORES)
+    model.config.output_router_logits = True
+    assert_same(model.generate(**build_batch(), logits_processor=[acd], **SCORES), expected)
+
+
 def test_a_copied_cache_goes_on_by_itself(model, pair):
     acd, batch = ACDLogitsProcessor(model, pair), build_batch((9,))
     first = model.generate(**batch, logits_processor=[acd], **SCORES)

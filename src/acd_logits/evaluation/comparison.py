@@ -173,7 +173,8 @@ def run_comparison(
 
     Raises:
         OSError: the folder cannot be written, or the judge does not answer. Finished cells are in the folder.
-        ValueError: a request does not fit into the model's context; found before the first cell runs.
+        ValueError: a request does not fit into the model's context. This shows before the first cell runs, save for
+            AdaCD, which adds a system prompt of its own.
     """
     from transformers.utils import logging
 

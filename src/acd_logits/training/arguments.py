@@ -113,7 +113,7 @@ class OPOArguments(RunArguments):
     )
     hold_adversarial: bool = HfArg(
         default=False,
-        help="train SP and the contrast, and keep AP as it is in --init_pair: a step is a quarter cheaper",
+        help="train SP and the contrast, and keep AP as it is in --init_pair",
     )
     share_instruction_kv: bool = HfArg(
         default=False,
@@ -222,7 +222,8 @@ class OPOTrainingArguments(TrainingArguments):
     learning_rate: float = HfArg(default=3e-2, help="train both prompts at this rate")
     num_train_epochs: float = HfArg(
         default=3.0,
-        help="make this many passes over the anchor data; a balanced one is as long as its rarest group has rows",
+        help="pass over the anchor data this often; with --balance, a pass takes as many rows of each group as the "
+        "rarest one has",
     )
     per_device_train_batch_size: int = HfArg(default=32, help="put this many examples into a step on each device")
     per_device_eval_batch_size: int = HfArg(

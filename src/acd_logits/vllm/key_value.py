@@ -21,8 +21,8 @@ rows: all N tokens, twice.
 On which side of the placeholders a token lies, a step cannot tell from its ids and positions: chunks of a prompt, and
 decoding, begin anywhere. So each slot of the KV cache has a number beside it: how many placeholders there are up to
 its token. A step starts from the number of the slot in front of its first token. Like the keys, the numbers follow
-from the tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests. It hands on a
-block in the very step that fills it, too: then the number comes from the step itself.
+from the tokens up to theirs; so they stay right in blocks that prefix caching hands to other requests. Prefix caching
+also hands on a block in the very step that fills it. Then the number comes from the step itself.
 """
 
 from __future__ import annotations
