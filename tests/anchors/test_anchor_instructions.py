@@ -24,7 +24,7 @@ def test_the_shipped_instructions_are_many_and_varied():
     assert {row["category"] for row in instructions if row["kind"] == "near_miss"} <= harms
     for kind, number in kinds.items():
         turns = Counter(1 + len(row["history"]) // 2 for row in instructions if row["kind"] == kind)
-        assert turns[2] + turns[3] >= number / 18
+        assert turns[2] + turns[3] >= number / 10
         openings = Counter(
             " ".join(row["instruction"].lower().split()[:2]) for row in instructions if row["kind"] == kind
         )
