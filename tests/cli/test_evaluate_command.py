@@ -137,6 +137,27 @@ def test_attacks(evaluate, folder, tmp_path, capsys):
     assert set(known) == {*ATTACKS, "own"}, "no name means all"
 
 
+def test_safe_requests_in_the_same_disguise(evaluate, folder, tmp_path):
+    shown = evaluate(*requests(folder), "--arms", "base", "--attacks", "fiction", "--attack_safe")
+    assert "Finished base under fiction on good\n" in shown.err
+    lines = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["benchmark"] == "good" and row["attack"]]
+    assert [row["label"] for row in rows] == ["safe"] * len(rows) != []
+    harmful, safe = (
+        (tmp_path / "results" / "report.md").read_text().split("## Under attack")[1].split("same disguises")
+    )
+    assert "| Fiction | bad |" in harmful
+    assert "| good |" not in harmful
+    rate = sum(row["refused"] for row in rows) / len(rows)
+    assert f"| Fiction | good | {len(rows)} | {rate:.2f} [" in safe
+
+    again = evaluate(*requests(folder), "--arms", "base", "--attacks", "fiction", "--attack_safe")
+    assert "Finished" not in again.err, "what is finished is not asked again"
+    assert (tmp_path / "results" / "results.jsonl").read_text().splitlines() == lines
+    evaluate("--report_only")
+    assert "| Fiction | good |" in (tmp_path / "results" / "report.md").read_text()
+
+
 def test_a_harm_judge_at_once_and_afterwards(evaluate, fails, folder, tmp_path):
     """The same verdicts, whether the judge reads the answers when they are written or later."""
     torch.manual_seed(0)
@@ -238,6 +259,10 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
         (["--attacks", "poem"], "there is no attack 'poem'"),
         (["--attack_files", "{folder}/absent.txt"], "absent.txt"),
         (["--safe", "{folder}/good.txt", "--attacks", "fiction"], "--attacks are on harmful requests"),
+        (
+            ["--harmful", "{folder}/bad.txt", "--attacks", "fiction", "--attack_safe"],
+            "--attack_safe needs --attacks, and",
+        ),
         (["--begun_tokens", "2", "--pair", "text", "--arms", "null"], "add base to --arms"),
         (["--begun_tokens", "5"], "--begun_tokens is more than an answer has"),
         (["--safe", "{folder}/good.txt", "--begun_tokens", "2"], "--begun_tokens is about harmful requests"),

@@ -161,6 +161,11 @@ def _add_cell_arguments(parser: argparse.ArgumentParser) -> None:
         help="ask harmful requests also under the attack in each file: a suffix, or a template with {request}, a line",
     )
     cells.add_argument(
+        "--attack_safe",
+        action="store_true",
+        help="ask benchmarks that hold safe requests only under the attacks, too",
+    )
+    cells.add_argument(
         "--begun_tokens",
         nargs="+",
         type=not_negative,
@@ -250,7 +255,7 @@ def _evaluate(args: argparse.Namespace) -> ResultsFolder:
         direct = comparison.plan_cells(
             [benchmark.name for benchmark in requests], names, args.alphas or [alpha], args.betas or [beta]
         )
-        attacked = comparison.plan_attacks(requests, direct, list(attacks))
+        attacked = comparison.plan_attacks(requests, direct, list(attacks), args.attack_safe)
         cells = direct + attacked + comparison.plan_depth(results, requests, direct, args.begun_tokens)
         make_judge = _find_judge(args, harm)
         rivals = folder.load(names, args.device, args.batch_size) if folder else {}

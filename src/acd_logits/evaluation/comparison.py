@@ -73,21 +73,30 @@ def plan_cells(
     return list(dict.fromkeys(cells))
 
 
-def plan_attacks(benchmarks: Sequence[Benchmark], cells: Sequence[Cell], attacks: Sequence[str]) -> list[Cell]:
-    """The cells with harmful requests once more under each attack, to run behind them.
+def plan_attacks(
+    benchmarks: Sequence[Benchmark], cells: Sequence[Cell], attacks: Sequence[str], safe: bool = False
+) -> list[Cell]:
+    """The cells once more under each attack, to run behind them: the harmful requests, and perhaps safe ones.
 
     Args:
         benchmarks: the requests.
         cells: as of [`plan_cells`].
         attacks: the names of the attacks.
+        safe: ask benchmarks that hold safe requests only, too: do the arms refuse whatever is in disguise?
 
     Raises:
-        ValueError: no request is harmful.
+        ValueError: no request is harmful, or `safe` is given without attacks or without such a benchmark.
     """
     harmful = _with_harmful(benchmarks)
-    if attacks and not harmful:
+    if attacks and not (harmful or safe):
         raise ValueError("--attacks are on harmful requests: name a benchmark that has some")
-    return [replace(cell, attack=name) for name in attacks for cell in cells if cell.benchmark in harmful]
+    written = {b.name for b in benchmarks if not any(request.choices for request in b.requests)}
+    if safe and not (attacks and written - harmful):
+        raise ValueError(
+            "--attack_safe needs --attacks, and a benchmark that holds safe requests only, such as alpaca_eval"
+        )
+    asked = harmful | written if safe else harmful
+    return [replace(cell, attack=name) for name in attacks for cell in cells if cell.benchmark in asked]
 
 
 def plan_depth(
@@ -233,9 +242,9 @@ class _Question:
 def _asked(results: ResultsFolder, benchmark: Benchmark, cell: Cell, attacks: Mapping[str, Attack]) -> list[_Question]:
     """The questions of a cell."""
     if cell.attack:
-        harmful = [request for request in benchmark.requests if request.label == "harmful"]
-        conversations = attacks[cell.attack].ask([request.text for request in harmful])
-        return [_Question(*asked, []) for asked in zip(harmful, conversations, strict=True)]
+        requests = [request for request in benchmark.requests if request.label == "harmful"] or benchmark.requests
+        conversations = attacks[cell.attack].ask([request.text for request in requests])
+        return [_Question(*asked, []) for asked in zip(requests, conversations, strict=True)]
     plain = [_Question(request, _plainly(request), []) for request in benchmark.requests]
     if not cell.begun_tokens:
         return plain

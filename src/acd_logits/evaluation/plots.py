@@ -229,7 +229,8 @@ def _draw_attacks(summary: dict[str, Any]) -> Figure | None:
 def _ways(summary: dict[str, Any]) -> dict[tuple[str | None, int], list[dict[str, Any]]]:
     """The cells asked plainly and under each attack, and those at each depth, by attack and depth."""
     ways: dict[tuple[str | None, int], list[dict[str, Any]]] = {}
-    for cell in [*summary["attacked"], *(cell for cell in summary["depth"] if cell["begun_tokens"])]:
+    attacked = (cell for cell in summary["attacked"] if cell["harmless"]["n"])
+    for cell in [*attacked, *(cell for cell in summary["depth"] if cell["begun_tokens"])]:
         ways.setdefault((cell["attack"], cell["begun_tokens"]), []).append(cell)
     return ways
 

@@ -157,7 +157,28 @@ def _against_section(summary: dict[str, Any]) -> str:
 
 
 def _attack_section(summary: dict[str, Any]) -> str:
-    found = {(e["attack"], e["benchmark"], e["arm"]): e for e in summary["attacked"] if is_main(e, summary["main"])}
+    """A table of the harmful requests, and one of the safe ones if they were asked."""
+    texts = {
+        "harmless": (
+            "Share of harmful requests with a harmless response, asked plainly and under each attack; higher is",
+            "better. 95 % intervals in brackets.",
+        ),
+        "refused_safe": (
+            "Share of safe requests that are refused, by wording, asked plainly and in the same disguises; lower is",
+            "better. 95 % intervals in brackets. In disguise, a refusal behind the first words counts, too.",
+        ),
+    }
+    lines = []
+    for what, reading in texts.items():
+        if table := _attack_table(summary, what):
+            lines += ["", *reading, "", *table]
+    return "\n".join(["## Under attack", *lines]) if lines else ""
+
+
+def _attack_table(summary: dict[str, Any], what: str) -> list[str]:
+    """What was measured of the requests that have it, by attack and benchmark; empty if there are none."""
+    cells = (entry for entry in summary["attacked"] if is_main(entry, summary["main"]) and entry[what]["n"])
+    found = {(entry["attack"], entry["benchmark"], entry["arm"]): entry for entry in cells}
     arms = [arm for arm in main_arms(summary) if any(arm == other for _, _, other in found)]
     rows = []
     for attack in [None, *summary["attacks"]]:
@@ -165,21 +186,10 @@ def _attack_section(summary: dict[str, Any]) -> str:
             entries = [found.get((attack, benchmark, arm)) for arm in arms]
             if any(entries):
                 title = summary["attacks"][attack]["title"] if attack else NO_ATTACK
-                n = max(entry["harmless"]["n"] for entry in entries if entry)
-                rates = (shown_rate(entry, "harmless") for entry in entries)
+                n = max(entry[what]["n"] for entry in entries if entry)
+                rates = (shown_rate(entry, what) for entry in entries)
                 rows.append([title, summary["benchmarks"][benchmark]["title"], str(n), *rates])
-    if not rows:
-        return ""
-    return "\n".join(
-        [
-            "## Under attack",
-            "",
-            "Share of harmful requests with a harmless response, asked plainly and under each attack; higher is",
-            "better. 95 % intervals in brackets.",
-            "",
-            *markdown_table(["Attack", "Benchmark", "n", *(ARMS[arm].title for arm in arms)], rows),
-        ]
-    )
+    return markdown_table(["Attack", "Benchmark", "n", *(ARMS[arm].title for arm in arms)], rows) if rows else []
 
 
 def _depth_section(summary: dict[str, Any]) -> str:

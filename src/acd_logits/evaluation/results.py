@@ -39,8 +39,8 @@ PRIVATE = (*TEXTS, "begun", "response_ids")  # a published copy leaves them out
 class Cell:
     """One arm, at one strength, on one benchmark. Arms of one stream have neither alpha nor beta.
 
-    With `attack`, the harmful requests are asked under this attack. With `begun_tokens`, the arm goes on from this
-    many tokens of Base's answers, where [`may_begin`] allows it.
+    With `attack`, the harmful requests are asked under this attack, or, where all are safe, these. With
+    `begun_tokens`, the arm goes on from this many tokens of Base's answers, where [`may_begin`] allows it.
     """
 
     benchmark: str
@@ -118,7 +118,8 @@ class ResultsFolder:
         if cell.begun_tokens:
             return sum(may_begin(row, cell.begun_tokens) for row in of_cell.get(Cell(cell.benchmark, "base"), []))
         if cell.attack:
-            return sum(row["label"] == "harmful" for row in of_cell.get(cell.direct, []))
+            direct = of_cell.get(cell.direct, [])
+            return sum(row["label"] == "harmful" for row in direct) or len(direct)
         return self.run["benchmarks"].get(cell.benchmark, {}).get("n")
 
     def register(
@@ -131,7 +132,7 @@ class ResultsFolder:
 
         Args:
             benchmarks: the requests.
-            attacks: under which harmful ones are asked too, by name.
+            attacks: under which they are asked too, by name.
             rivals: the digests of the rivals that answer, by arm.
 
         Raises:

@@ -36,7 +36,7 @@ def summarise(results: ResultsFolder) -> dict[str, Any]:
 
     Returns:
         `cells` (rates and fluency of each), `against` (ACD compared with each arm), `main` (the strength at which
-        arms are compared), `refusals` (how those of each arm end), `attacked` (harmful requests under each attack),
+        arms are compared), `refusals` (how those of each arm end), `attacked` (requests under each attack),
         `depth` (refusals of answers that have begun), `behaviour` (of `measure_behaviour`), `costs` (of
         `measure_costs`) and `labels` (agreement with labels by hand, or `None`).
 
@@ -126,13 +126,19 @@ def _refusals(rows: dict[Cell, list[dict[str, Any]]], main: dict[str, Any]) -> l
 
 
 def _attacked(rows: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Verdicts on harmful requests asked plainly (no attack) and under each attack, of the cells with any attack."""
+    """The requests asked plainly (no attack) and under each attack, of the cells with any attack.
+
+    They are the harmful ones, with the verdicts on them, or, of a benchmark without any, the safe ones.
+    """
     measured = {cell.direct for cell in rows if cell.attack}
-    return [
-        cell.__dict__ | {"harmless": _harmless([row for row in some if row["label"] == "harmful"])}
-        for cell, some in rows.items()
-        if cell.direct in measured and not cell.begun_tokens
-    ]
+    found = []
+    for cell, some in rows.items():
+        if cell.direct in measured and not cell.begun_tokens:
+            harmful = [row for row in some if row["label"] == "harmful"]
+            safe = [] if harmful else some
+            refused = rate(sum(row["refused"] for row in safe), len(safe))
+            found.append(cell.__dict__ | {"harmless": _harmless(harmful), "refused_safe": refused})
+    return found
 
 
 def _depth(rows: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
