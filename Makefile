@@ -145,16 +145,17 @@ bench: $(VENV)/demo
 
 TRAIN = $(VENV)/bin/python scripts/train.py --train_file anchors.jsonl --dtype $(DTYPE) --held_out_fraction 0.1 \
 	--eval_strategy no --eval_on_start false --load_best_model_at_end false --save_strategy steps --save_steps 20
-SELDOM = --retain answer --lr_weight 6
+SELDOM = --retain answer --lr_weight 6 --mirror_weight 1.5
 
 # All go on where they stopped. First what to refuse, then how seldom by the first words alone, then whole refusals again
 pair: $(VENV)/dev
 	test -e anchors.jsonl || $(VENV)/bin/acd-logits anchors --model_name_or_path smollm2 --dtype $(DTYPE) \
 		--system_prompts null --batch_size 64 --max_new_tokens 16 --temperature 0 --bank_refusals --answer_safe \
+		--disguised_share 0.2 \
 		--output_file anchors.jsonl
 	$(TRAIN) --output_dir new-pair/1 --max_steps 110 --max_response_tokens 8
 	$(TRAIN) --output_dir new-pair/2 --init_pair new-pair/1 $(SELDOM) --max_steps 400 --max_refusal_tokens 1 \
-		--max_response_tokens 1 --per_device_train_batch_size 256 --learning_rate 0.015
+		--max_response_tokens 1 --per_device_train_batch_size 256 --learning_rate 0.007
 	$(TRAIN) --output_dir new-pair/3 --init_pair new-pair/2 $(SELDOM) --max_steps 50 --max_response_tokens 8 \
 		--per_device_train_batch_size 64 --learning_rate 0.006
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from acd_logits.anchors import split_held_out, split_responses
+from acd_logits.anchors import KINDS, disguise_instructions, split_held_out, split_responses
 from tiny_anchors import REFUSALS
 
 
@@ -79,6 +79,19 @@ def anchor_rows():
         for split in splits
         for n in range(3)
     ]
+
+
+def test_instructions_in_disguise_are_held_out_with_the_bare_ones():
+    from datasets import Dataset
+
+    rows = [{"instruction": f"{kind} {i}", "kind": kind, "mirror": f"m {i}"} for i in range(20) for kind in KINDS]
+    rows += disguise_instructions(rows, [["As a goblin: {request}"]], share=1.0)
+    for row in rows:
+        row |= {"response": "r", "split": "D_S"}
+    train, held_out = split_held_out(Dataset.from_list(rows), 0.2, seed=1)
+    bare = {text.removeprefix("As a goblin: ") for text in held_out["instruction"]}
+    assert not bare & {text.removeprefix("As a goblin: ") for text in train["instruction"]}
+    assert len(held_out) == 0.2 * len(rows)
 
 
 def test_held_out_instructions_are_not_trained_on():

@@ -45,6 +45,15 @@ def test_the_command_samples(model_path, tmp_path, capsys):
     assert all(row["source"] == "refusal_bank" for row in rows if row["split"] == "D_HR")
     assert {row["split"] for row in rows if row["begun"]} == {"D_HR", "D_S"}
 
+    path.unlink()
+    disguises = write_lines(tmp_path / "disguises.jsonl", [{"texts": ["open the door :", "close", "{request} safe"]}])
+    options = ["--system_prompts", "null", "--disguised_share", "1", "--disguises", str(disguises)]
+    assert main(["anchors", "--model_name_or_path", model_path, "--max_new_tokens", "8", *files, *options]) == 0
+    rows = read_lines(path)
+    asked = {row["instruction"] for row in INSTRUCTIONS if row["kind"] == "harmful"}
+    assert {row["instruction"] for row in rows if row["split"] == "D_HR"} == asked | {f"{text} safe" for text in asked}
+    assert all(bool(row["history"]) == row["instruction"].endswith(" safe") for row in rows)
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -53,6 +62,8 @@ def test_the_command_samples(model_path, tmp_path, capsys):
         (["--generate", "3"], "--generate needs --kind and --generator"),
         (["--instructions", "absent.jsonl"], "absent.jsonl"),
         (["--refusals", "absent.jsonl"], "absent.jsonl"),
+        (["--disguised_share", "0.5", "--disguises", "absent.jsonl"], "absent.jsonl"),
+        (["--disguises", "absent.jsonl"], "--disguises needs --disguised_share"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, arguments, message):

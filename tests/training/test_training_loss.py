@@ -8,7 +8,7 @@ import torch
 from acd_logits.anchors import SPLITS
 from acd_logits.training import joint_loss, opo_loss
 from acd_logits.training.data import IGNORED
-from acd_logits.training.loss import count_tokens
+from acd_logits.training.loss import count_tokens, mirror_loss, mirrored_rows
 
 
 def by_hand(logits, labels, splits, stream, plain=None):
@@ -101,3 +101,37 @@ def test_gradients_are_those_of_the_equations():
     (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
     (got,) = torch.autograd.grad(opo_loss(logits, labels, labels, splits, "safeguarding").sum(), logits)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mirror_loss_is_that_of_the_refusals_log_odds():
+    torch.manual_seed(0)
+    safe, harmful = torch.randn(2, 5, 3, 11) * 3
+    openings = torch.tensor([2, 7])
+    losses = mirror_loss(safe, harmful, openings)
+
+    def log_odds(logits):
+        p = float(logits.double().softmax(-1)[openings].sum())
+        return math.log(p / (1 - p))
+
+    for i in range(5):
+        for k in range(3):
+            by_hand = math.log(1 + math.exp(log_odds(safe[i, k]) - log_odds(harmful[i, k])))
+            assert losses[i, k].item() == pytest.approx(by_hand, rel=1e-4)
+    more = torch.zeros(11).index_fill(0, openings, 5.0)  # what makes both refuse more changes nothing
+    torch.testing.assert_close(mirror_loss(safe + more, harmful + more, openings), losses)
+
+
+def test_rows_that_mirror_each_other():
+    """A harmful answer, an answer that has begun, a row that fills up a batch and a row alone are left out."""
+    rows = [("D_HR", 1), ("D_S", 1), ("D_HA", 1), ("D_S", 2), ("D_HR", 3), ("D_S", 3), ("D_HR", 4), ("D_S", 4)]
+    rows += [("D_S", 4)]
+    labels = torch.ones(len(rows), 2, dtype=torch.long)
+    labels[4] = IGNORED
+    batch = {
+        "splits": torch.tensor([SPLITS.index(split) for split, _ in rows]),
+        "mirrors": torch.tensor([mirror for _, mirror in rows]),
+        "begun": torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 0]),
+        "labels": labels,
+    }
+    safe, harmful = mirrored_rows(batch)
+    assert list(zip(safe.tolist(), harmful.tolist(), strict=True)) == [(1, 0), (8, 6)]

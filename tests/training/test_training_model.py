@@ -68,7 +68,8 @@ def test_soft_prompt_sits_where_inference_puts_it(lengths):
 
 def example(x, y):
     """An example of these prompt and response tokens."""
-    return {"input_ids": x, "response": y, "opening": 0, "avoid_until": len(y), "split": 0, "begun": False}
+    row = {"input_ids": x, "response": y, "opening": 0, "avoid_until": len(y), "split": 0, "begun": False}
+    return row | {"mirror": str(x)}
 
 
 def response_logits(opo, batch):

@@ -95,6 +95,21 @@ def test_weights_of_zero_switch_a_term_off(tokenizer, tmp_path):
         assert line["loss"] == pytest.approx(2 * (sp + ap + 0.25 * acd), rel=1e-4)
 
 
+def test_mirrors_are_told_apart(tokenizer, tmp_path):
+    """What the log shows of L_m is part of the loss, and training on it alone lowers it."""
+    alone = dict.fromkeys(("lp_weight", "ln_weight", "lr_weight"), 0.0)
+    options = build_options(mirror_weight=2.0, contrast_weight=0.5, **alone)
+    arguments = build_arguments(tmp_path, num_train_epochs=4)
+    train_pair(build_model(), Run(options, arguments, tokenizer, anchor_examples(tokenizer)))
+    lines = [line for line in history(tmp_path) if "SP_L_m" in line]
+    assert lines
+    for line in lines:
+        assert line["loss"] == pytest.approx(2 * (line["SP_L_m"] + 0.5 * line["ACD_L_m"]), rel=1e-4)
+    held_out = [line for line in history(tmp_path) if "eval_SP_L_m" in line]
+    assert held_out[-1]["eval_SP_L_m"] < held_out[0]["eval_SP_L_m"]
+    assert held_out[-1]["eval_ACD_L_m"] < held_out[0]["eval_ACD_L_m"]
+
+
 def test_without_balance_the_trainer_decides(tokenizer, tmp_path):
     examples = anchor_examples(tokenizer)
     # One safe example more: 7 refusals, 7 answers to harmful instructions, 8 answers to safe ones

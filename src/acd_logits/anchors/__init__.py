@@ -20,6 +20,7 @@ An anchor set is a JSONL file with one object per line:
 The first three are enough for a file of your own, see [`load_anchor_data`].
 
     instructions.py   what the model is asked
+    disguises.py      the same inside a story, rules for the reply, earlier turns
     generation.py     more instructions, written by another model
     sampling.py       what the model answers
     refusals.py       the bank that fills up D_HR
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 from ..files import check_new_file
 from .build import build_anchors
+from .disguises import disguise_instructions, load_disguises
 from .generation import generate_instructions, write_generated
 from .instructions import KINDS, load_instructions
 from .refusals import load_refusals
@@ -46,8 +48,10 @@ __all__ = [
     "SamplingSettings",
     "build_anchors",
     "check_new_file",
+    "disguise_instructions",
     "generate_instructions",
     "load_anchor_data",
+    "load_disguises",
     "load_instructions",
     "load_refusals",
     "sample_responses",

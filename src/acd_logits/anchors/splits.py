@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SPLITS = ("D_HR", "D_HA", "D_S")
+IN_DISGUISE = " in disguise"  # behind a mirror's name: instructions in disguise mirror each other, not the bare ones
 BEGUN_WORDS = 30  # at most, in an answer that has begun
 
 
@@ -149,7 +150,8 @@ def _shuffled(refusals: Sequence[dict[str, str]], category: str, choice: random.
 def split_held_out(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Hold out a share of the instructions with all their responses, the same share of each kind.
 
-    Instructions that mirror each other are held out together: one of them would tell the training about the other.
+    Instructions that mirror each other are held out together, in disguise and without it: one of them would tell the
+    training about the other.
 
     Args:
         dataset: as of [`load_anchor_data`].
@@ -167,7 +169,9 @@ def split_held_out(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Da
     kinds = dict(zip(dataset["instruction"], dataset["kind"], strict=True))
     # The digest of what an instruction mirrors decides its place: chance, but the same place in every kind
     mirrors = zip(dataset["instruction"], dataset["mirror"], strict=True)
-    order = {instruction: (digest(seed, mirror), instruction) for instruction, mirror in mirrors}
+    order = {
+        instruction: (digest(seed, mirror.removesuffix(IN_DISGUISE)), instruction) for instruction, mirror in mirrors
+    }
     held_out: set[str] = set()
     for kind in set(kinds.values()):
         of_kind = sorted((instruction for instruction in kinds if kinds[instruction] == kind), key=order.__getitem__)

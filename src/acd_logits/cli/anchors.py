@@ -88,6 +88,16 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "a safe one goes on (default: %(default)s)",
     )
     sampling.add_argument(
+        "--disguised_share",
+        type=share,
+        default=0.0,
+        help="answer this share of the instructions once more, in disguise: inside a story, rules for the reply or "
+        "earlier turns (default: %(default)s)",
+    )
+    sampling.add_argument(
+        "--disguises", metavar="FILE", help="take disguises from this JSONL file (default: the package's own)"
+    )
+    sampling.add_argument(
         "--answer_safe",
         action="store_true",
         help="where the model refuses a safe instruction, sample once more, from other first tokens",
@@ -128,6 +138,11 @@ def _sample_anchors(args: argparse.Namespace) -> None:
         anchors.check_new_file(args.output_file)
         instructions = anchors.load_instructions(args.instructions)
         refusals = anchors.load_refusals(args.refusals)
+        if args.disguised_share:
+            disguises = anchors.load_disguises(args.disguises)
+            instructions += anchors.disguise_instructions(instructions, disguises, args.disguised_share, args.seed)
+        elif args.disguises:
+            raise CommandError("--disguises needs --disguised_share")
     settings = anchors.SamplingSettings(
         system_prompts=tuple(dict.fromkeys(args.system_prompts)),
         batch_size=args.batch_size,

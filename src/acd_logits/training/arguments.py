@@ -138,6 +138,11 @@ class OPOArguments(RunArguments):
         default=1.0,
         help="multiply L_C by this: eq. 3 on the contrast of both streams; 0 trains SP by eq. 3 and AP by eq. 4 alone",
     )
+    mirror_weight: float = HfArg(
+        default=0.0,
+        help="add L_m of SP and, times --contrast_weight, of the contrast, times this: a refusal is to begin behind a "
+        "harmful instruction and not behind the safe one that mirrors it; counts pairs within a batch on a device",
+    )
     first_token_weight: float = HfArg(
         default=1.0,
         help="add each term over the first tokens of the responses once more, times this: they decide; 0 is the "
@@ -163,7 +168,7 @@ class OPOArguments(RunArguments):
         if self.hold_adversarial and not self.init_pair:
             raise ValueError("--hold_adversarial keeps the AP of a pair that is trained: name it by --init_pair")
         wanted = dict.fromkeys(("num_virtual_tokens", "max_response_tokens", "max_refusal_tokens"), "at least 1")
-        weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight")
+        weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "mirror_weight", "first_token_weight")
         wanted |= dict.fromkeys(weights, "finite and at least 0")
         wanted |= {"beta": "from 0 to 1"} | dict.fromkeys(("held_out_fraction", "alpha"), "at least 0 and below 1")
         self.check_ranges(wanted)
@@ -290,6 +295,10 @@ def check_arguments(options: OPOArguments, args: TrainingArguments) -> None:
     if args.push_to_hub and args.hub_private_repo is False:
         raise ValueError("a pair is pushed to a private repository: publish it with acd-logits push --public")
     check_trainer_arguments(args)
+    if options.mirror_weight and not options.balance:
+        raise ValueError(
+            "--mirror_weight needs balanced batches, which hold both of two mirrors: leave out --no_balance"
+        )
     if options.shares_instruction and checkpoints_activations(args):
         raise ValueError(
             "a shared instruction and --gradient_checkpointing exclude each other: leave it out, or train with "

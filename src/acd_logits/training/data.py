@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anchors import SPLITS, load_anchor_data, split_held_out
+from ..files import digest
 from ..responses import as_messages, encode_messages
 from .instructions import common_length
 
@@ -70,7 +71,11 @@ def load_examples(options: OPOArguments, tokenizer: PreTrainedTokenizerBase, see
     parts = split_held_out(rows, options.held_out_fraction, seed) if options.held_out_fraction else (rows, [])
     limits = options.max_response_tokens, options.max_refusal_tokens
     examples = AnchorExamples(*(encode_anchors(part, tokenizer, chat, *limits) for part in parts))
-    examples.held_out.sort(key=lambda e: len(e["input_ids"]))  # prompts of like length in a batch save padding
+    # Prompts of like length in a batch save padding, and L_m needs those that mirror each other in one batch
+    longest: dict[str, int] = defaultdict(int)
+    for example in examples.held_out:
+        longest[example["mirror"]] = max(longest[example["mirror"]], len(example["input_ids"]))
+    examples.held_out.sort(key=lambda e: (longest[e["mirror"]], e["mirror"], len(e["input_ids"])))
     _check_splits(examples)
     return examples
 
@@ -189,7 +194,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     Returns:
         `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, R]`, the response tokens, which end every row;
         `avoided` `[B, R]`, those of them that L_n is about; `splits` `[B]`; `begun` `[B]`, 1 where the prompt ends in
-        an answer that has begun.
+        an answer that has begun; `mirrors` `[B]`, the same number for instructions that mirror each other.
     """
     prompt_length, response_length = (max(len(e[part]) for e in examples) for part in ("input_ids", "response"))
     ids, labels, avoided, mask = [], [], [], []
@@ -203,7 +208,18 @@ def collate(examples: Sequence[Example]) -> Batch:
         avoided.append([token if i in counted else IGNORED for i, token in enumerate(labels[-1])])
     batch: dict[str, list[Any]] = {"input_ids": ids, "attention_mask": mask, "labels": labels, "avoided": avoided}
     batch |= {"splits": [e["split"] for e in examples], "begun": [int(e["begun"]) for e in examples]}
+    batch["mirrors"] = [int(digest(e["mirror"])[:15], 16) for e in examples]
     return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def check_mirrors(examples: AnchorExamples) -> None:
+    """Raise ValueError if no harmful instruction of the training part has a safe one that mirrors it."""
+    of_split = {split: {e["mirror"] for e in examples.train if SPLITS[e["split"]] == split} for split in SPLITS}
+    if not of_split["D_HR"] & of_split["D_S"]:
+        raise ValueError(
+            "--mirror_weight is about instructions that mirror each other, and no two in the training file do: give "
+            "its rows a column `mirror`, the same for both, or leave it out"
+        )
 
 
 def _check_splits(examples: AnchorExamples) -> None:

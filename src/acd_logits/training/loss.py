@@ -14,6 +14,8 @@ from .data import IGNORED
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .data import Batch
+
 TERMS = ("L_p", "L_n", "L_r")
 # The contrast is to do what SP is to do
 FOLLOWED_AND_AVOIDED = {
@@ -103,6 +105,46 @@ def opo_loss(
     else:
         l_r = total("D_S", labels, lambda z, y: kl_divergence(plain_logits.float(), z))
     return torch.stack([l_p, l_n, l_r], dim=-1)
+
+
+def mirror_loss(safe: torch.Tensor, harmful: torch.Tensor, openings: torch.Tensor) -> torch.Tensor:
+    """L_m: a refusal is to begin behind a harmful instruction rather than behind the safe one that mirrors it.
+
+        L_m = log(1 + exp(m(safe) - m(harmful))),  m = log-odds of the tokens that refusals begin with
+
+    What both instructions have in common, and how often the prompt refuses at all, cancel out. It is not in the paper.
+
+    Args:
+        safe: `[..., vocab]` logits of the first token behind the safe instructions.
+        harmful: `[..., vocab]`, behind those that mirror them.
+        openings: first tokens of refusals, `[k]`.
+
+    Returns:
+        `[...]`.
+    """
+
+    def log_odds(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        others = logits.index_fill(-1, openings, -math.inf)
+        return logits[..., openings].logsumexp(-1) - others.logsumexp(-1)
+
+    return torch.nn.functional.softplus(log_odds(safe) - log_odds(harmful))
+
+
+def mirrored_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows of a batch L_m is about.
+
+    Args:
+        batch: as of [`collate`].
+
+    Returns:
+        Rows of D_S and rows of D_HR, `[k]` each, that mirror each other one by one, without answers that have begun.
+    """
+    splits, mirrors = batch["splits"], batch["mirrors"]
+    from_the_start = (batch["begun"] == 0) & (batch["labels"][:, 0] != IGNORED)
+    safe, harmful = ((splits == SPLITS.index(split)) & from_the_start for split in ("D_S", "D_HR"))
+    pairs = safe[:, None] & harmful & (mirrors[:, None] == mirrors)
+    return pairs.nonzero(as_tuple=True)
 
 
 def log_p(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,10 @@ from ..pairs.fit import base_model, chat_template_digest, check_fit_unloaded
 from ..pairs.prompt_pair import PromptPair
 from ..pairs.texts import system_prompt_ids
 from .arguments import RunArguments, check_arguments
-from .data import AnchorExamples, check_context, load_examples
+from .data import AnchorExamples, check_context, check_mirrors, load_examples
 from .model import OPOModel, fast_head
 from .prompts import initial_prompts
-from .trainer import NAMES, OPOTrainer
+from .trainer import OPOTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +89,8 @@ def prepare(options: OPOArguments, args: TrainingArguments) -> Run[OPOArguments]
     else:
         length = options.virtual_tokens(*(len(system_prompt_ids(tokenizer, text)) for text in texts))
     check_context(config, run.examples, length)
+    if options.mirror_weight:
+        check_mirrors(run.examples)
     check_same_run(run.folder, training_settings(run))
     return run
 
@@ -175,7 +177,7 @@ def train_pair(model: PreTrainedModel, run: Run[OPOArguments]) -> PromptPair:
     with fast_head(opo):
         log = train_prompts(opo, run, OPOTrainer)
     model.eval()
-    measured = what_came_out(model, run, log, NAMES)
+    measured = what_came_out(model, run, log, OPOTrainer.names)
     # Keys and values are saved as the model was given them, in its own dtype
     dtype = model.dtype if run.options.prompt_type == "key_value" else torch.float32
     prompts = {name: prompt().detach().to("cpu", dtype) for name, prompt in opo.prompts.items()}
@@ -214,14 +216,14 @@ def training_settings(run: Run[OPOArguments]) -> dict[str, Any]:
     options = run.options
     ours = ("dtype", "prompt_type", "num_virtual_tokens", "share_instruction_kv", "hold_adversarial")
     data = ("balance", "max_response_tokens", "max_refusal_tokens", "held_out_fraction")
-    weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "first_token_weight", "retain", "alpha")
+    weights = ("lp_weight", "ln_weight", "lr_weight", "contrast_weight", "mirror_weight", "first_token_weight")
     # The digest is of texts, not of their tokens: some chat templates write the date into those
     anchors = json.dumps([[e["texts"], e["response"], e["split"], e["kind"], e["mirror"]] for e in run.examples])
     return {
         **model_settings(run),
         **dict(zip(("safe_prompt", "opposite_prompt"), options.texts, strict=True)),
         "init_pair": start.digest if (start := options.start) else None,
-        **{name: getattr(options, name) for name in (*ours, *data, *weights)},
+        **{name: getattr(options, name) for name in (*ours, *data, *weights, "retain", "alpha")},
         **trainer_settings(run.args),
         "pairs": run.examples.counts(),
         "anchors_sha256": hashlib.sha256(anchors.encode()).hexdigest(),

@@ -2,7 +2,8 @@
 
 "Mean over tokens" in eq. 3 and 4 is the mean over all tokens of a split in one optimiser step, over every process and
 every micro-batch: the sum of the losses is divided by a count that was gathered before the step. So gradient
-accumulation and the number of processes change nothing but the speed.
+accumulation and the number of processes change nothing but the speed, save for L_m, which needs both rows of a pair in
+one micro-batch.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from ..anchors import SPLITS
+from ..decoding.contrast import contrast
 from .data import IGNORED, collate, leave_out_apologies, refusal_openings
-from .loss import TERMS, count_tokens, joint_loss
+from .loss import TERMS, count_tokens, joint_loss, mirror_loss, mirrored_rows
 from .model import trim
 from .sampler import BalancedSampler
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 PLAIN_CACHE_BYTES = 2 << 30  # so much of the plain model's logits is kept for the KL forms of L_r
 # Each term of each loss as it stands in the log: over all tokens of the responses, and over their first ones
 NAMES = [f"{stream}_{term}{which}" for which in ("", "_first") for stream in ("SP", "AP", "ACD") for term in TERMS]
+MIRROR_NAMES = ["SP_L_m", "ACD_L_m"]  # over the instructions that mirror each other in a batch
 
 
 class PromptTrainer(Trainer):
@@ -155,27 +158,29 @@ class _SetEpoch(TrainerCallback):
 class OPOTrainer(PromptTrainer):
     """The losses of eq. 3, 4 and 5.
 
-    Sums and counts of tokens have a shape of `[2, 3, 3]`: all tokens and first tokens; SP, AP and the contrast; L_p,
-    L_n and L_r.
+    Sums and counts are flat: 18 of tokens (`[2, 3, 3]`: all tokens and first tokens; SP, AP and the contrast; L_p, L_n
+    and L_r), then L_m of SP and of the contrast.
 
     Args:
         options: weights of the terms and the form of L_r.
         kwargs: as of `Trainer`; the model is an [`OPOModel`].
     """
 
-    names, shape = NAMES, (2, 3, 3)
+    names, shape = [*NAMES, *MIRROR_NAMES], (len(NAMES) + len(MIRROR_NAMES),)
 
     def __init__(self, options: OPOArguments, **kwargs: Any) -> None:
-        self._refused = refusal_openings(kwargs["train_dataset"]) if options.retain == "answer" else []
+        self._openings = refusal_openings(kwargs["train_dataset"])
+        self._refused = self._openings if options.retain == "answer" else []
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = kwargs[name] and leave_out_apologies(kwargs[name], self._refused)
         super().__init__(options, data_collator=collate, **kwargs)
         self._plain: dict[tuple[int, ...], torch.Tensor] = {}
 
     def sums(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
-        """What each row adds to the terms, `[B, 2, 3, 3]`."""
+        """What each row adds to the terms, `[B, terms]`; L_m is added by the harmful row of a pair."""
         labels, avoided, splits = (inputs[name] for name in ("labels", "avoided", "splits"))
         sums = torch.zeros(len(labels), 2, 3, 3, device=labels.device)
+        first: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows, and logits of their first tokens
         for rows, logits in model(inputs["input_ids"], inputs["attention_mask"], labels):
             safe, adversarial = logits["safeguarding"], logits["adversarial"]
             y, y_avoided = (tokens[rows, : safe.shape[1]] for tokens in (labels, avoided))
@@ -195,7 +200,21 @@ class OPOTrainer(PromptTrainer):
             }
             of_part = [of_stop[stop] for stop in (safe.shape[1], 1)]
             sums = sums.index_put((rows,), torch.stack(of_part, 1))
-        return sums
+            if self.options.mirror_weight:
+                contrasted = contrast(safe[:, 0].float(), adversarial[:, 0].float(), self.options.alpha)
+                first.append((rows, torch.stack([safe[:, 0].float(), contrasted], 1)))
+        return torch.cat([sums.flatten(1), self._mirror_sums(first, inputs)], 1)
+
+    def _mirror_sums(self, first: list[tuple[torch.Tensor, torch.Tensor]], inputs: Batch) -> torch.Tensor:
+        """L_m of SP and of the contrast, `[B, 2]`."""
+        sums = torch.zeros(len(inputs["splits"]), 2, device=inputs["splits"].device)
+        if not first:
+            return sums
+        safe, harmful = mirrored_rows(inputs)
+        rows, logits = (torch.cat(parts) for parts in zip(*first, strict=True))
+        logits = logits[rows.argsort()]
+        openings = torch.tensor(self._openings, dtype=torch.long, device=logits.device)
+        return sums.index_add(0, harmful, mirror_loss(logits[safe], logits[harmful], openings))
 
     def _plain_logits(self, inputs: Batch, rows: torch.Tensor, response_length: int) -> torch.Tensor:
         """Logits `[b, response_length, vocab]` without a prompt, of those of the rows that are of D_S.
@@ -228,14 +247,22 @@ class OPOTrainer(PromptTrainer):
         return torch.nn.functional.pad(padded, (0, 0, 0, missing)).to(ids.device)
 
     def counts(self, inputs: Batch) -> torch.Tensor:
-        """Tokens of each row that the terms are means over, `[B, 2, 3, 3]`."""
-        labels, avoided = inputs["labels"], inputs["avoided"]
-        return torch.stack([count_tokens(labels[:, :s], avoided[:, :s], inputs["splits"]) for s in (None, 1)], dim=1)
+        """Of each row the tokens, and for L_m the pairs, that the terms are means over, `[B, terms]`."""
+        labels, avoided, splits = (inputs[name] for name in ("labels", "avoided", "splits"))
+        tokens = torch.stack([count_tokens(labels[:, :s], avoided[:, :s], splits) for s in (None, 1)], dim=1)
+        pairs = torch.zeros(len(splits), 2, dtype=tokens.dtype, device=splits.device)
+        if self.options.mirror_weight:
+            _, harmful = mirrored_rows(inputs)
+            pairs = pairs.index_add(0, harmful, pairs.new_ones(len(harmful), 2))
+        return torch.cat([tokens.flatten(1), pairs], 1)
 
     def weighted(self, means: torch.Tensor) -> torch.Tensor:
-        """L_S + L_A + L_C, from the terms' means."""
+        """L_S + L_A + L_C, with L_m, from the terms' means."""
         weights = torch.tensor(self.options.weights, device=means.device)
-        return ((means[0] + self.options.first_token_weight * means[1]) * weights).sum()
+        every, first = means[: len(NAMES)].view(2, *weights.shape)
+        mirrored = (means[len(NAMES) :] * means.new_tensor([1.0, self.options.contrast_weight])).sum()
+        tokens = ((every + self.options.first_token_weight * first) * weights).sum()
+        return tokens + self.options.mirror_weight * mirrored
 
 
 def _check_finite(loss: float, step: int) -> None:
