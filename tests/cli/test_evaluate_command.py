@@ -260,7 +260,7 @@ def test_a_report_again_and_what_changed(evaluate, folder, tmp_path):
         (["--attack_files", "{folder}/absent.txt"], "absent.txt"),
         (["--safe", "{folder}/good.txt", "--attacks", "fiction"], "--attacks are on harmful requests"),
         (
-            ["--harmful", "{folder}/bad.txt", "--attacks", "fiction", "--attack_safe"],
+            ["--harmful", "{folder}/good.txt", "--attacks", "fiction", "--attack_safe"],
             "--attack_safe needs --attacks, and",
         ),
         (["--begun_tokens", "2", "--pair", "text", "--arms", "null"], "add base to --arms"),
