@@ -144,7 +144,8 @@ def mirrored_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     from_the_start = (batch["begun"] == 0) & (batch["labels"][:, 0] != IGNORED)
     safe, harmful = ((splits == SPLITS.index(split)) & from_the_start for split in ("D_S", "D_HR"))
     pairs = safe[:, None] & harmful & (mirrors[:, None] == mirrors)
-    return pairs.nonzero(as_tuple=True)
+    safe_rows, harmful_rows = pairs.nonzero(as_tuple=True)
+    return safe_rows, harmful_rows
 
 
 def log_p(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
